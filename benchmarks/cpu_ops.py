@@ -1,0 +1,245 @@
+"""Times the CPU operators for one decode step of one layer, beside vLLM's CPU_ATTN.
+
+Layers are visited in turn, so that, as in a model, a layer's pages have left the CPU's caches when
+it comes around again. Prints the median over rounds.
+
+    python benchmarks/cpu_ops.py --threads 1 --contexts 1024 32768
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as vllm_ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_quest import ops
+
+WORKING_SET_BYTES = 512 << 20
+MAX_LAYERS = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int
+    context_tokens: int
+    budget_tokens: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    page_size: int
+    block_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def blocks(self) -> int:
+        return self.rows * -(-self.context_tokens // self.block_tokens)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's key and value, or of one page's bounds, for all KV heads."""
+        return 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+
+
+class Step:
+    """The arguments of one decode step, with enough layers to keep every cache cold."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        layer_bytes = shape.rows * shape.context_tokens * shape.row_bytes
+        layers = max(2, min(MAX_LAYERS, WORKING_SET_BYTES // layer_bytes))
+        block_rows = shape.block_tokens + shape.block_tokens // shape.page_size
+        first = torch.randn(
+            shape.blocks, shape.kv_heads, block_rows, 2 * shape.head_size, dtype=shape.dtype
+        )
+        bounds = first[:, :, shape.block_tokens :]
+        bounds.abs_()
+        bounds[..., : shape.head_size].neg_()
+        self.caches = [first] + [first.clone() for _ in range(layers - 1)]
+        self.block_table = (
+            torch.randperm(shape.blocks).to(torch.int32).view(shape.rows, -1).contiguous()
+        )
+        self.seq_lens = torch.full((shape.rows,), shape.context_tokens, dtype=torch.int32)
+        budget_pages = -(-shape.budget_tokens // shape.page_size)
+        self.budgets = torch.full((shape.rows,), budget_pages, dtype=torch.int32)
+        self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
+        self.query = torch.randn(shape.rows, shape.heads, shape.head_size, dtype=shape.dtype)
+        self.out = torch.empty_like(self.query)
+        max_pages = self.block_table.shape[1] * shape.block_tokens // shape.page_size
+        self.scores = torch.zeros(shape.rows, shape.kv_heads, max_pages)
+        self.pages = torch.zeros(shape.rows, shape.kv_heads, budget_pages, dtype=torch.int32)
+        self.key = torch.randn(shape.rows, shape.kv_heads, shape.head_size, dtype=shape.dtype)
+        last = shape.context_tokens - 1
+        self.slots = (
+            self.block_table[:, last // shape.block_tokens].long() * shape.block_tokens
+            + last % shape.block_tokens
+        )
+
+    def write_kv(self, cache: Tensor) -> None:
+        ops.write_kv(self.key, self.key, cache, self.slots, self.shape.page_size)
+
+    def score(self, cache: Tensor) -> None:
+        ops.score(
+            self.query,
+            cache,
+            self.block_table,
+            self.seq_lens,
+            self.budgets,
+            self.shape.page_size,
+            self.scores,
+        )
+
+    def select(self, cache: Tensor) -> None:
+        ops.select(self.scores, self.seq_lens, self.budgets, self.shape.page_size, self.pages)
+
+    def sparse_decode(self, cache: Tensor) -> None:
+        self._attend(cache, self.budgets)
+
+    def dense_decode(self, cache: Tensor) -> None:
+        self._attend(cache, self.unlimited)
+
+    def _attend(self, cache: Tensor, budgets: Tensor) -> None:
+        ops.sparse_decode(
+            self.query,
+            cache,
+            self.block_table,
+            self.seq_lens,
+            budgets,
+            self.pages,
+            self.shape.page_size,
+            self.shape.head_size**-0.5,
+            0.0,
+            self.out,
+        )
+
+    def cpu_attn(self) -> Callable[[Tensor], None]:
+        """vLLM's decode over the same memory; what the keys are does not change its speed."""
+        shape = self.shape
+        isa = _get_attn_isa(shape.dtype, shape.block_tokens, shape.head_size)
+        starts = torch.arange(shape.rows + 1, dtype=torch.int32)
+        metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=shape.rows,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_size,
+            seq_lens=self.seq_lens,
+            dtype=shape.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=isa,
+            enable_kv_split=True,
+        )
+
+        def run(cache: Tensor) -> None:
+            # Its own layout has no rows of bounds: block_tokens rows of keys, then of values.
+            size = shape.kv_heads * shape.block_tokens * 2 * shape.head_size
+            plain = cache.flatten()[: shape.blocks * size].view(
+                shape.blocks, shape.kv_heads, 2 * shape.block_tokens, shape.head_size
+            )
+            key, value = plain.chunk(2, dim=2)
+            vllm_ops.cpu_attention_with_kv_cache(
+                query=self.query,
+                key_cache=key,
+                value_cache=value,
+                output=self.out,
+                query_start_loc=starts,
+                seq_lens=self.seq_lens,
+                scale=shape.head_size**-0.5,
+                causal=True,
+                alibi_slopes=None,
+                sliding_window=-1,
+                block_table=self.block_table,
+                softcap=0.0,
+                scheduler_metadata=metadata,
+                s_aux=None,
+            )
+
+        return run
+
+
+def median_us(run: Callable[[Tensor], None], caches: list[Tensor], rounds: int) -> float:
+    """Of one layer: each round visits every layer once."""
+    times_us = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        for cache in caches:
+            run(cache)
+        times_us.append((time.perf_counter() - start) * 1e6 / len(caches))
+    return statistics.median(times_us[1:])
+
+
+def print_row(step: Step, rounds: int) -> None:
+    shape = step.shape
+    stages = [step.write_kv, step.score, step.select, step.sparse_decode]
+    stages_us = [median_us(stage, step.caches, rounds) for stage in stages]
+    quest_us = sum(stages_us[1:])
+    dense_us = median_us(step.dense_decode, step.caches, rounds)
+    cpu_attn_us = median_us(step.cpu_attn(), step.caches, rounds)
+    dense_bytes = shape.rows * shape.context_tokens * shape.row_bytes
+    quest_bytes = dense_bytes / shape.page_size
+    quest_bytes += shape.rows * min(shape.context_tokens, shape.budget_tokens) * shape.row_bytes
+    cells = [
+        f"{shape.rows} x {shape.context_tokens}",
+        *(f"{us:.1f}" for us in (*stages_us, quest_us)),
+        f"{quest_bytes / quest_us / 1e3:.1f}",
+        f"{dense_us:.0f}",
+        f"{cpu_attn_us:.0f}",
+        f"{dense_bytes / cpu_attn_us / 1e3:.1f}",
+        f"{cpu_attn_us / quest_us:.1f}",
+    ]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 61440])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--block-tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    print(
+        f"{platform.processor() or platform.machine()}, {args.threads} threads, "
+        f"torch {torch.__version__}, {torch.ops.vllm_quest.cpu_isas().split()[0]}; "
+        f"{args.dtype}, heads {args.heads}/{args.kv_heads} of {args.head_size}, "
+        f"page {args.page_size}, block {args.block_tokens}, budget {args.budget} tokens"
+    )
+    print("µs per layer; quest = score + select + sparse_decode; dense = budget unlimited\n")
+    header = (
+        "rows x context",
+        *("write_kv", "score", "select", "sparse_decode", "quest", "quest GB/s"),
+        *("dense", "CPU_ATTN", "CPU_ATTN GB/s", "CPU_ATTN / quest"),
+    )
+    print("| " + " | ".join(header) + " |")
+    print("|" + " --- |" * len(header))
+    for context_tokens in args.contexts:
+        shape = Shape(
+            rows=args.rows,
+            context_tokens=context_tokens,
+            budget_tokens=args.budget,
+            heads=args.heads,
+            kv_heads=args.kv_heads,
+            head_size=args.head_size,
+            page_size=args.page_size,
+            block_tokens=args.block_tokens,
+            dtype=getattr(torch, args.dtype),
+        )
+        print_row(Step(shape), args.rounds)
+
+
+if __name__ == "__main__":
+    main()

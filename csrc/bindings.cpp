@@ -1,0 +1,169 @@
+// The operators' schemas, and their CPU implementations: check, fill in the parameters, run.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace quest {
+namespace {
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
+  return {.data = kv_cache.data_ptr(),
+          .block_stride = kv_cache.stride(0),
+          .head_stride = kv_cache.stride(1),
+          .dtype = dtype_of(kv_cache),
+          .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+          .head_size = static_cast<int>(sizes.head_size),
+          .block_tokens = static_cast<int>(sizes.block_tokens),
+          .page_size = static_cast<int>(sizes.page_size)};
+}
+
+const int32_t* int32s(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
+Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
+             const Sizes& sizes) {
+  return {.block_table = int32s(block_table),
+          .block_table_stride = block_table.stride(0),
+          .seq_lens = int32s(seq_lens),
+          .budgets = int32s(budgets),
+          .num_rows = static_cast<int>(sizes.num_rows)};
+}
+
+// On the CPU, what the rows ask for can be read: refuse it before it leads out of the tensors.
+void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budgets, const Sizes& sizes,
+                bool has_pages) {
+  for (int64_t row = 0; row < sizes.num_rows; ++row) {
+    const int64_t seq_len = int32s(seq_lens)[row], budget = int32s(budgets)[row];
+    const int64_t capacity = sizes.max_pages * sizes.page_size;
+    QUEST_CHECK(0 <= seq_len && seq_len <= capacity, op, "values", "seq_lens must be 0 to ",
+                capacity, " tokens, got ", seq_len, " in row ", row);
+    QUEST_CHECK(budget >= 1, op, "values", "budgets must be at least 1 page, got ", budget,
+                " in row ", row);
+    QUEST_CHECK(!has_pages || budget <= sizes.max_selected || budget * sizes.page_size >= seq_len,
+                op, "values", "budgets must be at most max_selected = ", sizes.max_selected,
+                " pages for longer rows, got ", budget, " in row ", row);
+  }
+}
+
+void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+              const Tensor& slot_mapping, int64_t page_size) {
+  const Sizes sizes = check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size);
+  kernels().write_kv({.cache = cache_of(kv_cache, sizes),
+                      .key = key.data_ptr(),
+                      .value = value.data_ptr(),
+                      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+                      .key_token_stride = key.stride(0),
+                      .key_head_stride = key.stride(1),
+                      .value_token_stride = value.stride(0),
+                      .value_head_stride = value.stride(1),
+                      .num_slots = sizes.num_slots});
+}
+
+void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+           const Tensor& seq_lens, const Tensor& budgets, int64_t page_size, const Tensor& scores) {
+  const Sizes sizes =
+      check_score(Device::kCpu, query, kv_cache, block_table, seq_lens, budgets, page_size, scores);
+  check_rows("score", seq_lens, budgets, sizes, false);
+  kernels().score({.cache = cache_of(kv_cache, sizes),
+                   .rows = rows_of(block_table, seq_lens, budgets, sizes),
+                   .query = query.data_ptr(),
+                   .scores = static_cast<float*>(scores.data_ptr()),
+                   .query_row_stride = query.stride(0),
+                   .query_head_stride = query.stride(1),
+                   .scores_row_stride = scores.stride(0),
+                   .scores_head_stride = scores.stride(1),
+                   .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)});
+}
+
+void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+            const Tensor& pages) {
+  const Sizes sizes = check_select(Device::kCpu, scores, seq_lens, budgets, page_size, pages);
+  check_rows("select", seq_lens, budgets, sizes, true);
+  kernels().select({.scores = static_cast<const float*>(scores.data_ptr()),
+                    .seq_lens = int32s(seq_lens),
+                    .budgets = int32s(budgets),
+                    .pages = static_cast<int32_t*>(pages.data_ptr()),
+                    .scores_row_stride = scores.stride(0),
+                    .scores_head_stride = scores.stride(1),
+                    .pages_row_stride = pages.stride(0),
+                    .pages_head_stride = pages.stride(1),
+                    .num_rows = static_cast<int>(sizes.num_rows),
+                    .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+                    .page_size = static_cast<int>(sizes.page_size)});
+}
+
+void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                   const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
+                   int64_t page_size, double scale, double soft_cap, const Tensor& out) {
+  const Sizes sizes = check_sparse_decode(Device::kCpu, query, kv_cache, block_table, seq_lens,
+                                          budgets, pages, page_size, out);
+  check_rows("sparse_decode", seq_lens, budgets, sizes, true);
+  kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
+                           .rows = rows_of(block_table, seq_lens, budgets, sizes),
+                           .query = query.data_ptr(),
+                           .pages = int32s(pages),
+                           .out = out.data_ptr(),
+                           .query_row_stride = query.stride(0),
+                           .query_head_stride = query.stride(1),
+                           .pages_row_stride = pages.stride(0),
+                           .pages_head_stride = pages.stride(1),
+                           .out_row_stride = out.stride(0),
+                           .out_head_stride = out.stride(1),
+                           .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
+                           .scale = static_cast<float>(scale),
+                           .soft_cap = static_cast<float>(soft_cap)});
+}
+
+void use_cpu_isa(const std::string& isa) {
+  QUEST_CHECK(use_isa(isa), "use_cpu_isa", "values", "isa must be one of ", supported_isas(),
+              ", got ", isa);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(vllm_quest, library) {
+  library.def(
+      "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
+      "int page_size) -> ()");
+  library.def(
+      "score(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor budgets, "
+      "int page_size, Tensor(a!) scores) -> ()");
+  library.def(
+      "select(Tensor scores, Tensor seq_lens, Tensor budgets, int page_size, "
+      "Tensor(a!) pages) -> ()");
+  library.def(
+      "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor budgets, Tensor pages, int page_size, float scale, float soft_cap, "
+      "Tensor(a!) out) -> ()");
+  // For tests: the CPU kernels come in several instruction sets.
+  library.def("cpu_isas() -> str");
+  library.def("use_cpu_isa(str isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CPU, library) {
+  library.impl("write_kv", TORCH_BOX(&write_kv));
+  library.impl("score", TORCH_BOX(&score));
+  library.impl("select", TORCH_BOX(&select));
+  library.impl("sparse_decode", TORCH_BOX(&sparse_decode));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CompositeExplicitAutograd, library) {
+  library.impl("cpu_isas", TORCH_BOX(&supported_isas));
+  library.impl("use_cpu_isa", TORCH_BOX(&use_cpu_isa));
+}
+
+}  // namespace quest

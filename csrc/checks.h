@@ -1,0 +1,252 @@
+// What every operator demands of its arguments, on CPU and CUDA alike, and the sizes found on the
+// way. A failed check says: operator, heading (device, dtype, layout, shape), what was expected,
+// what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#define QUEST_CHECK(condition, op, heading, ...) \
+  STD_TORCH_CHECK(condition, "vllm_quest::", op, ": " heading ": ", __VA_ARGS__)
+
+namespace quest {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Device { kCpu, kCuda };
+
+// The named sizes of `vllm_quest/ops.py`; those that an operator has no use for stay 0.
+struct Sizes {
+  int64_t num_rows = 0;
+  int64_t num_slots = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_size = 0;
+  int64_t num_blocks = 0;
+  int64_t block_tokens = 0;
+  int64_t page_size = 0;
+  int64_t max_blocks = 0;
+  int64_t max_pages = 0;
+  int64_t max_selected = 0;
+};
+
+struct Arg {
+  const char* name;
+  const Tensor& tensor;
+};
+
+template <class Values>
+std::string join(const Values& values) {
+  std::string text = "[";
+  for (int64_t value : values) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(value);
+  }
+  return text + "]";
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
+}
+
+class Checks {
+ public:
+  Checks(const char* op, Device device) : op_(op), device_(device) {}
+
+  void device(std::initializer_list<Arg> args) const {
+    const Arg& first = *args.begin();
+    for (const Arg& arg : args) {
+      const bool on_kind = device_ == Device::kCpu ? arg.tensor.is_cpu() : arg.tensor.is_cuda();
+      QUEST_CHECK(on_kind, op_, "device", arg.name, " must be on the ",
+                  device_ == Device::kCpu ? "CPU" : "GPU", " as ", first.name, " is");
+      const auto index = arg.tensor.get_device_index();
+      QUEST_CHECK(index == first.tensor.get_device_index(), op_, "device", arg.name,
+                  " must be on device ", first.tensor.get_device_index(), " as ", first.name,
+                  " is, got device ", index);
+    }
+  }
+
+  void dtype(const Arg& arg, ScalarType expected) const {
+    const ScalarType found = arg.tensor.scalar_type();
+    QUEST_CHECK(found == expected, op_, "dtype", arg.name, " must be ",
+                torch::headeronly::toString(expected), ", got ",
+                torch::headeronly::toString(found));
+  }
+
+  void dtypes(std::initializer_list<Arg> args, ScalarType expected) const {
+    for (const Arg& arg : args) dtype(arg, expected);
+  }
+
+  // `expected` sizes; -1 accepts any.
+  void shape(const Arg& arg, std::initializer_list<int64_t> expected) const {
+    const auto sizes = arg.tensor.sizes();
+    bool same = sizes.size() == expected.size();
+    for (size_t dim = 0; same && dim < expected.size(); ++dim) {
+      const int64_t size = expected.begin()[dim];
+      same = size == -1 || size == sizes[dim];
+    }
+    QUEST_CHECK(same, op_, "shape", arg.name, " must be ", join(expected), " (-1: any), got ",
+                join(sizes));
+  }
+
+  void inner_contiguous(const Arg& arg) const {
+    const int64_t last = arg.tensor.dim() - 1;
+    QUEST_CHECK(arg.tensor.size(last) <= 1 || arg.tensor.stride(last) == 1, op_, "layout", arg.name,
+                " must be contiguous in its last dimension, got strides ",
+                join(arg.tensor.strides()));
+  }
+
+  // Fills in the sizes that the cache tells.
+  void cache(const Tensor& kv_cache, int64_t page_size, Sizes& sizes) const {
+    const ScalarType dtype = kv_cache.scalar_type();
+    QUEST_CHECK(is_floating(dtype) && !(device_ == Device::kCuda && dtype == ScalarType::Float),
+                op_, "dtype", "kv_cache must be BFloat16 or Half",
+                device_ == Device::kCpu ? " or Float" : "", ", got ",
+                torch::headeronly::toString(dtype));
+    shape({"kv_cache", kv_cache}, {-1, -1, -1, -1});
+    const int64_t block_rows = kv_cache.size(2), row_size = kv_cache.size(3);
+    QUEST_CHECK(kv_cache.stride(3) == 1 && kv_cache.stride(2) == row_size, op_, "layout",
+                "kv_cache must be contiguous in its two inner dimensions: strides [any, any, ",
+                row_size, ", 1], got ", join(kv_cache.strides()));
+    QUEST_CHECK(page_size > 0 && page_size % 8 == 0, op_, "shape",
+                "page_size must be a positive multiple of 8, got ", page_size);
+    QUEST_CHECK(block_rows > 0 && block_rows % (page_size + 1) == 0, op_, "shape",
+                "kv_cache must hold page_size + 1 = ", page_size + 1,
+                " rows per page (dimension 2 a multiple of it), got ", join(kv_cache.sizes()));
+    QUEST_CHECK(row_size > 0 && row_size % 32 == 0, op_, "shape",
+                "head_size (half of kv_cache's last dimension) must be a multiple of 16, got ",
+                join(kv_cache.sizes()));
+    sizes.num_blocks = kv_cache.size(0);
+    sizes.num_kv_heads = kv_cache.size(1);
+    sizes.block_tokens = block_rows / (page_size + 1) * page_size;
+    sizes.head_size = row_size / 2;
+    sizes.page_size = page_size;
+  }
+
+  // Fills in the sizes that the decode rows' own arguments tell.
+  void rows(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+            const Tensor& seq_lens, const Tensor& budgets, Sizes& sizes) const {
+    dtype({"query", query}, kv_cache.scalar_type());
+    shape({"query", query}, {-1, -1, sizes.head_size});
+    inner_contiguous({"query", query});
+    sizes.num_rows = query.size(0);
+    sizes.num_heads = query.size(1);
+    QUEST_CHECK(
+        sizes.num_kv_heads > 0 && sizes.num_heads > 0 && sizes.num_heads % sizes.num_kv_heads == 0,
+        op_, "shape", "query's heads must be a multiple of the cache's ", sizes.num_kv_heads,
+        " KV heads, got ", sizes.num_heads);
+    dtypes({{"block_table", block_table}}, ScalarType::Int);
+    shape({"block_table", block_table}, {sizes.num_rows, -1});
+    inner_contiguous({"block_table", block_table});
+    sizes.max_blocks = block_table.size(1);
+    sizes.max_pages = sizes.max_blocks * (sizes.block_tokens / sizes.page_size);
+    per_row(seq_lens, budgets, sizes);
+  }
+
+  void per_row(const Tensor& seq_lens, const Tensor& budgets, const Sizes& sizes) const {
+    for (const Arg& arg : {Arg{"seq_lens", seq_lens}, Arg{"budgets", budgets}}) {
+      dtype(arg, ScalarType::Int);
+      shape(arg, {sizes.num_rows});
+      inner_contiguous(arg);
+    }
+  }
+
+ private:
+  const char* op_;
+  Device device_;
+};
+
+inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& value,
+                            const Tensor& kv_cache, const Tensor& slot_mapping, int64_t page_size) {
+  const Checks check("write_kv", device);
+  Sizes sizes;
+  check.device(
+      {{"kv_cache", kv_cache}, {"key", key}, {"value", value}, {"slot_mapping", slot_mapping}});
+  check.cache(kv_cache, page_size, sizes);
+  check.dtypes({{"key", key}, {"value", value}}, kv_cache.scalar_type());
+  check.shape({"key", key}, {-1, sizes.num_kv_heads, sizes.head_size});
+  check.shape({"value", value}, {key.size(0), sizes.num_kv_heads, sizes.head_size});
+  check.inner_contiguous({"key", key});
+  check.inner_contiguous({"value", value});
+  check.dtype({"slot_mapping", slot_mapping}, ScalarType::Long);
+  check.shape({"slot_mapping", slot_mapping}, {-1});
+  check.inner_contiguous({"slot_mapping", slot_mapping});
+  sizes.num_slots = slot_mapping.size(0);
+  QUEST_CHECK(sizes.num_slots <= key.size(0), "write_kv", "shape",
+              "slot_mapping must have at most key's ", key.size(0), " entries, got ",
+              sizes.num_slots);
+  return sizes;
+}
+
+inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_cache,
+                         const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
+                         int64_t page_size, const Tensor& scores) {
+  const Checks check("score", device);
+  Sizes sizes;
+  check.device({{"kv_cache", kv_cache},
+                {"query", query},
+                {"block_table", block_table},
+                {"seq_lens", seq_lens},
+                {"budgets", budgets},
+                {"scores", scores}});
+  check.cache(kv_cache, page_size, sizes);
+  check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
+  check.dtype({"scores", scores}, ScalarType::Float);
+  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, sizes.max_pages});
+  check.inner_contiguous({"scores", scores});
+  return sizes;
+}
+
+inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq_lens,
+                          const Tensor& budgets, int64_t page_size, const Tensor& pages) {
+  const Checks check("select", device);
+  Sizes sizes;
+  check.device(
+      {{"scores", scores}, {"seq_lens", seq_lens}, {"budgets", budgets}, {"pages", pages}});
+  check.dtype({"scores", scores}, ScalarType::Float);
+  check.shape({"scores", scores}, {-1, -1, -1});
+  check.inner_contiguous({"scores", scores});
+  QUEST_CHECK(page_size > 0, "select", "shape", "page_size must be positive, got ", page_size);
+  sizes.num_rows = scores.size(0);
+  sizes.num_kv_heads = scores.size(1);
+  sizes.max_pages = scores.size(2);
+  sizes.page_size = page_size;
+  check.per_row(seq_lens, budgets, sizes);
+  check.dtype({"pages", pages}, ScalarType::Int);
+  check.shape({"pages", pages}, {sizes.num_rows, sizes.num_kv_heads, -1});
+  check.inner_contiguous({"pages", pages});
+  sizes.max_selected = pages.size(2);
+  return sizes;
+}
+
+inline Sizes check_sparse_decode(Device device, const Tensor& query, const Tensor& kv_cache,
+                                 const Tensor& block_table, const Tensor& seq_lens,
+                                 const Tensor& budgets, const Tensor& pages, int64_t page_size,
+                                 const Tensor& out) {
+  const Checks check("sparse_decode", device);
+  Sizes sizes;
+  check.device({{"kv_cache", kv_cache},
+                {"query", query},
+                {"block_table", block_table},
+                {"seq_lens", seq_lens},
+                {"budgets", budgets},
+                {"pages", pages},
+                {"out", out}});
+  check.cache(kv_cache, page_size, sizes);
+  check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
+  check.dtype({"pages", pages}, ScalarType::Int);
+  check.shape({"pages", pages}, {sizes.num_rows, sizes.num_kv_heads, -1});
+  check.inner_contiguous({"pages", pages});
+  sizes.max_selected = pages.size(2);
+  check.dtype({"out", out}, query.scalar_type());
+  check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});
+  check.inner_contiguous({"out", out});
+  return sizes;
+}
+
+}  // namespace quest

@@ -1,0 +1,117 @@
+// Stage 2: bound q·k from above for every page.
+//
+// A task scores kTaskPages pages of one row for one KV head. The positive part of q meets the
+// page's maximum, the negative part its minimum: relu(q) · max + min(q, 0) · min.
+#include "kernels.h"
+#include "row_tasks.h"
+#include "vec.h"
+
+namespace quest {
+namespace QUEST_ISA {
+namespace {
+
+constexpr int kTaskPages = 64;
+constexpr int kPrefetchPages = 8;
+
+// The query heads of one KV head, split by sign, as floats.
+struct SignedQuery {
+  const float* positive;  // [group_size, head_size]
+  const float* negative;  // [group_size, head_size]
+};
+
+template <class T>
+SignedQuery split_by_sign(const ScoreParams& p, int row, int kv_head) {
+  const int head_size = p.cache.head_size;
+  const int64_t size = static_cast<int64_t>(p.group_size) * head_size;
+  float* positive = static_cast<float*>(scratch(Scratch::kThread, 2 * size * sizeof(float)));
+  float* negative = positive + size;
+  for (int head = 0; head < p.group_size; ++head) {
+    const T* query = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                     (kv_head * p.group_size + head) * p.query_head_stride;
+    for (int d = 0; d < head_size; d += kLanes) {
+      const Floats q = load(query + d);
+      store_unaligned(positive + head * head_size + d, max_of(q, Floats{}));
+      store_unaligned(negative + head * head_size + d, min_of(q, Floats{}));
+    }
+  }
+  return {positive, negative};
+}
+
+// The largest score among kHeads query heads, given the page's minimum | maximum.
+template <int kHeads, class T>
+float score_heads(const T* bounds, const float* positive, const float* negative, int head_size) {
+  Floats with_min[kHeads] = {}, with_max[kHeads] = {};
+  for (int d = 0; d < head_size; d += kLanes) {
+    const Floats low = load(bounds + d);
+    const Floats high = load(bounds + head_size + d);
+    for (int head = 0; head < kHeads; ++head) {
+      with_min[head] += load(negative + head * head_size + d) * low;
+      with_max[head] += load(positive + head * head_size + d) * high;
+    }
+  }
+  float best = sum(with_min[0] + with_max[0]);
+  for (int head = 1; head < kHeads; ++head) {
+    best = max_of(best, sum(with_min[head] + with_max[head]));
+  }
+  return best;
+}
+
+template <class T>
+float score_page(const T* bounds, const SignedQuery& query, int group_size, int head_size) {
+  float best = -__builtin_inff();
+  for_head_tiles(group_size, [&]<int kHeads>(int head) {
+    best = max_of(best, score_heads<kHeads>(bounds, query.positive + head * head_size,
+                                            query.negative + head * head_size, head_size));
+  });
+  return best;
+}
+
+template <class T>
+void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end) {
+  const KvCache& cache = p.cache;
+  const int pages_per_block = cache.block_tokens / cache.page_size;
+  const int32_t* block_table = p.rows.block_table + row * p.rows.block_table_stride;
+  const auto bounds_of = [&](int page) {
+    return static_cast<const T*>(cache.data) +
+           block_table[page / pages_per_block] * cache.block_stride + kv_head * cache.head_stride +
+           static_cast<int64_t>(cache.block_tokens + page % pages_per_block) * 2 * cache.head_size;
+  };
+  const SignedQuery query = split_by_sign<T>(p, row, kv_head);
+  float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
+  const int num_pages = div_up(p.rows.seq_lens[row], cache.page_size);
+  const int bounds_bytes = 2 * cache.head_size * static_cast<int>(sizeof(T));
+  for (int page = begin; page < end; ++page) {
+    // Bounds of one block are contiguous, but blocks are scattered: fetch ahead.
+    if (page + kPrefetchPages < num_pages) {
+      prefetch(bounds_of(page + kPrefetchPages), bounds_bytes);
+    }
+    scores[page] = score_page(bounds_of(page), query, p.group_size, cache.head_size);
+  }
+}
+
+}  // namespace
+
+void score(const ScoreParams& p) {
+  const int num_kv_heads = p.cache.num_kv_heads;
+  const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
+    const int seq_len = p.rows.seq_lens[row];
+    if (!over_budget(seq_len, p.rows.budgets[row], p.cache.page_size)) return 0;
+    return static_cast<int64_t>(num_kv_heads) *
+           div_up(div_up(seq_len, p.cache.page_size), kTaskPages);
+  });
+  with_dtype(p.cache.dtype, [&]<class T>() {
+    parallel_for(tasks.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowTask task = tasks[i];
+        const int num_pages = div_up(p.rows.seq_lens[task.row], p.cache.page_size);
+        const int num_chunks = div_up(num_pages, kTaskPages);
+        const int first = task.index % num_chunks * kTaskPages;
+        score_pages<T>(p, task.row, task.index / num_chunks, first,
+                       min_of(first + kTaskPages, num_pages));
+      }
+    });
+  });
+}
+
+}  // namespace QUEST_ISA
+}  // namespace quest

@@ -1,0 +1,311 @@
+// Stage 4: attention over the selected pages, or over all of a row that fits its budget.
+//
+// A task is one split of a row's attended tokens for one KV head, all query heads of the group. It
+// walks its split in chunks that stay in the first-level cache: logits, online softmax, then the
+// weighted values. Splits depend only on the row, and are merged in order: the result depends on
+// neither the number of threads nor the rest of the batch.
+#include "kernels.h"
+#include "row_tasks.h"
+#include "vec.h"
+
+namespace quest {
+namespace QUEST_ISA {
+namespace {
+
+constexpr int kChunkTokens = 32;
+constexpr int kSplitTokens = 512;
+constexpr int kMaxSplits = 32;
+constexpr int kTokenTile = kRegisters / 8;   // with kMaxHeadTile, half the registers accumulate
+constexpr int kVectorTile = kRegisters / 8;  // the same
+constexpr float kLowest = -0x1p126f;
+
+static_assert(kSplitTokens % kChunkTokens == 0, "a chunk lies in one split");
+static_assert(kChunkTokens % kLanes == 0, "logits are taken in whole vectors");
+static_assert(kTokenTile * kMaxHeadTile * 2 == kRegisters, "accumulators take half the registers");
+
+// Softmax-weighted sums of values that are not yet divided by their total weight.
+struct Partial {
+  float* values;    // [group_size, head_size]: Σ 2^(logit - max) · v
+  float* max_log2;  // [group_size]
+  float* total;     // [group_size]: Σ 2^(logit - max)
+};
+
+int64_t partial_floats(int group_size, int head_size) {
+  return static_cast<int64_t>(group_size) * (head_size + 2);
+}
+
+Partial partial_at(float* memory, int group_size, int head_size) {
+  float* max_log2 = memory + static_cast<int64_t>(group_size) * head_size;
+  return {memory, max_log2, max_log2 + group_size};
+}
+
+int attended_tokens(const SparseDecodeParams& p, int row) {
+  const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+  const int page_size = p.cache.page_size;
+  if (!over_budget(seq_len, budget, page_size)) return seq_len;
+  // The newest page comes last and may be partly filled.
+  return (budget - 1) * page_size + (seq_len - 1) % page_size + 1;
+}
+
+// A row in at most kMaxSplits splits of whole kSplitTokens.
+int split_tokens(int num_tokens) {
+  return div_up(num_tokens, kSplitTokens * kMaxSplits) * kSplitTokens;
+}
+
+int num_splits(int num_tokens) {
+  return num_tokens == 0 ? 0 : div_up(num_tokens, split_tokens(num_tokens));
+}
+
+// Finds the attended tokens of one row and KV head.
+template <class T>
+class TokenRows {
+ public:
+  TokenRows(const SparseDecodeParams& p, int row, int kv_head)
+      : cache_(p.cache),
+        head_(static_cast<const T*>(p.cache.data) + kv_head * p.cache.head_stride),
+        block_table_(p.rows.block_table + row * p.rows.block_table_stride),
+        pages_(over_budget(p.rows.seq_lens[row], p.rows.budgets[row], p.cache.page_size)
+                   ? p.pages + row * p.pages_row_stride + kv_head * p.pages_head_stride
+                   : nullptr) {}
+
+  // Points rows[i] at key | value of attended token begin + i, for the tokens up to end.
+  void find(int begin, int end, const T** rows) const {
+    for (int token = begin; token < end;) {
+      const int entry = token / cache_.page_size;
+      const int page_end = min_of((entry + 1) * cache_.page_size, end);
+      const int page = pages_ ? pages_[entry] : entry;
+      const int pages_per_block = cache_.block_tokens / cache_.page_size;
+      const int first_row = page % pages_per_block * cache_.page_size + token % cache_.page_size;
+      const T* from = head_ + block_table_[page / pages_per_block] * cache_.block_stride +
+                      static_cast<int64_t>(first_row) * 2 * cache_.head_size;
+      for (; token < page_end; ++token, from += 2 * cache_.head_size) rows[token - begin] = from;
+    }
+  }
+
+ private:
+  const KvCache& cache_;
+  const T* head_;
+  const int32_t* block_table_;
+  const int32_t* pages_;  // null: all pages, in order
+};
+
+template <class T>
+struct Chunk {
+  const T* rows[kChunkTokens];  // key | value of each token
+  int num_tokens = 0;
+};
+
+template <int kTokens, int kHeads, class T>
+void dot(const T* const* rows, const float* query, int head_size, float* logits) {
+  Floats sums[kTokens][kHeads] = {};
+  for (int d = 0; d < head_size; d += kLanes) {
+    for (int token = 0; token < kTokens; ++token) {
+      const Floats key = load(rows[token] + d);
+      for (int head = 0; head < kHeads; ++head) {
+        sums[token][head] += load(query + head * head_size + d) * key;
+      }
+    }
+  }
+  for (int token = 0; token < kTokens; ++token) {
+    for (int head = 0; head < kHeads; ++head) {
+      logits[head * kChunkTokens + token] = sum(sums[token][head]);
+    }
+  }
+}
+
+template <int kVectors, int kHeads, class T>
+void add_values(const Chunk<T>& chunk, const float* weights, const float* rescale, int head_size,
+                int d, float* values) {
+  Floats sums[kVectors][kHeads];
+  for (int i = 0; i < kVectors; ++i) {
+    for (int head = 0; head < kHeads; ++head) {
+      sums[i][head] = load(values + head * head_size + d + i * kLanes) * rescale[head];
+    }
+  }
+  for (int token = 0; token < chunk.num_tokens; ++token) {
+    const T* row = chunk.rows[token] + head_size + d;
+    for (int i = 0; i < kVectors; ++i) {
+      const Floats value = load(row + i * kLanes);
+      for (int head = 0; head < kHeads; ++head) {
+        sums[i][head] += weights[head * kChunkTokens + token] * value;
+      }
+    }
+  }
+  for (int i = 0; i < kVectors; ++i) {
+    for (int head = 0; head < kHeads; ++head) {
+      store_unaligned(values + head * head_size + d + i * kLanes, sums[i][head]);
+    }
+  }
+}
+
+// Turn one head's logits into weights 2^(logit - max); returns the factor for what came before.
+float soften(float* logits, int num_tokens, float soft_cap, float& max_log2, float& total) {
+  if (soft_cap > 0) {
+    for (int i = 0; i < num_tokens; i += kLanes) {
+      store_unaligned(logits + i, tanh(load(logits + i) / soft_cap) * (soft_cap * kLog2e));
+    }
+  }
+  for (int i = num_tokens; i < kChunkTokens; ++i) logits[i] = kLowest;
+  Floats largest = broadcast(max_log2);
+  for (int i = 0; i < kChunkTokens; i += kLanes) largest = max_of(largest, load(logits + i));
+  float new_max = largest[0];
+  for (int lane = 1; lane < kLanes; ++lane) new_max = max_of(new_max, largest[lane]);
+
+  Floats weights = {};
+  for (int i = 0; i < kChunkTokens; i += kLanes) {
+    const Floats weight = exp2_nonpositive(load(logits + i) - new_max);
+    store_unaligned(logits + i, weight);
+    weights += weight;
+  }
+  const float rescale = exp2_nonpositive(broadcast(max_log2 - new_max))[0];
+  total = total * rescale + sum(weights);
+  max_log2 = new_max;
+  return rescale;
+}
+
+template <int kHeads, class T>
+void attend_chunk(const Chunk<T>& chunk, const Chunk<T>& next, const float* query, int head_size,
+                  float soft_cap, const Partial& partial) {
+  alignas(64) float logits[kHeads * kChunkTokens] = {};
+  float rescale[kHeads];
+  const int row_bytes = 2 * head_size * static_cast<int>(sizeof(T));
+
+  // Multiply queries and keys, while the next chunk is on its way.
+  int token = 0;
+  for (; token + kTokenTile <= chunk.num_tokens; token += kTokenTile) {
+    for (int i = token; i < min_of(token + kTokenTile, next.num_tokens); ++i) {
+      prefetch(next.rows[i], row_bytes);
+    }
+    dot<kTokenTile, kHeads>(chunk.rows + token, query, head_size, logits + token);
+  }
+  for (; token < chunk.num_tokens; ++token) {
+    dot<1, kHeads>(chunk.rows + token, query, head_size, logits + token);
+  }
+
+  // Update the online softmax.
+  for (int head = 0; head < kHeads; ++head) {
+    rescale[head] = soften(logits + head * kChunkTokens, chunk.num_tokens, soft_cap,
+                           partial.max_log2[head], partial.total[head]);
+  }
+
+  // Add the weighted values.
+  int d = 0;
+  for (; d + kVectorTile * kLanes <= head_size; d += kVectorTile * kLanes) {
+    add_values<kVectorTile, kHeads>(chunk, logits, rescale, head_size, d, partial.values);
+  }
+  for (; d < head_size; d += kLanes) {
+    add_values<1, kHeads>(chunk, logits, rescale, head_size, d, partial.values);
+  }
+}
+
+template <class T>
+void attend_split(const SparseDecodeParams& p, int row, int kv_head, int begin, int end,
+                  const Partial& partial) {
+  const int head_size = p.cache.head_size;
+
+  // Scale the queries, so that logits come in units of log2.
+  const float factor = p.soft_cap > 0 ? p.scale : p.scale * kLog2e;
+  float* query =
+      static_cast<float*>(scratch(Scratch::kThread, sizeof(float) * p.group_size * head_size));
+  for (int head = 0; head < p.group_size; ++head) {
+    const T* from = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                    (kv_head * p.group_size + head) * p.query_head_stride;
+    for (int d = 0; d < head_size; d += kLanes) {
+      store_unaligned(query + head * head_size + d, load(from + d) * factor);
+    }
+  }
+
+  // Start from nothing.
+  memset(partial.values, 0, sizeof(float) * p.group_size * head_size);
+  for (int head = 0; head < p.group_size; ++head) {
+    partial.max_log2[head] = kLowest;
+    partial.total[head] = 0;
+  }
+
+  // Walk the chunks.
+  const TokenRows<T> token_rows(p, row, kv_head);
+  const auto find_chunk = [&](int first, Chunk<T>& chunk) {
+    chunk.num_tokens = first < end ? min_of(kChunkTokens, end - first) : 0;
+    token_rows.find(first, first + chunk.num_tokens, chunk.rows);
+  };
+  Chunk<T> chunks[2];
+  find_chunk(begin, chunks[0]);
+  for (int first = begin, i = 0; first < end; first += kChunkTokens, i ^= 1) {
+    find_chunk(first + kChunkTokens, chunks[i ^ 1]);
+    for_head_tiles(p.group_size, [&]<int kHeads>(int head) {
+      const Partial tile = {partial.values + head * head_size, partial.max_log2 + head,
+                            partial.total + head};
+      attend_chunk<kHeads>(chunks[i], chunks[i ^ 1], query + head * head_size, head_size,
+                           p.soft_cap, tile);
+    });
+  }
+}
+
+// Add up one head's splits in order, divide by the total weight and round once.
+template <class T>
+void merge_head(const SparseDecodeParams& p, float* partials, int count, int head, T* out) {
+  const int head_size = p.cache.head_size;
+  const int64_t size = partial_floats(p.group_size, head_size);
+  float max_log2 = kLowest;
+  for (int split = 0; split < count; ++split) {
+    const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
+    max_log2 = max_of(max_log2, partial.max_log2[head]);
+  }
+  float total = 0;
+  float* factors = static_cast<float*>(scratch(Scratch::kThread, sizeof(float) * kMaxSplits));
+  for (int split = 0; split < count; ++split) {
+    const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
+    factors[split] = exp2_nonpositive(broadcast(partial.max_log2[head] - max_log2))[0];
+    total += partial.total[head] * factors[split];
+  }
+  for (int d = 0; d < head_size; d += kLanes) {
+    Floats values = {};
+    for (int split = 0; split < count; ++split) {
+      const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
+      values += load(partial.values + head * head_size + d) * factors[split];
+    }
+    if (count > 0) values /= total;
+    for (int lane = 0; lane < kLanes; ++lane) store(out + d + lane, values[lane]);
+  }
+}
+
+}  // namespace
+
+void sparse_decode(const SparseDecodeParams& p) {
+  const int num_kv_heads = p.cache.num_kv_heads;
+  const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
+    return static_cast<int64_t>(num_kv_heads) * num_splits(attended_tokens(p, row));
+  });
+  const int64_t size = partial_floats(p.group_size, p.cache.head_size);
+  float* partials =
+      static_cast<float*>(scratch(Scratch::kPartials, sizeof(float) * size * tasks.count()));
+  with_dtype(p.cache.dtype, [&]<class T>() {
+    parallel_for(tasks.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowTask task = tasks[i];
+        const int num_tokens = attended_tokens(p, task.row);
+        const int splits = num_splits(num_tokens), tokens = split_tokens(num_tokens);
+        const int first = task.index % splits * tokens;
+        attend_split<T>(p, task.row, task.index / splits, first, min_of(first + tokens, num_tokens),
+                        partial_at(partials + i * size, p.group_size, p.cache.head_size));
+      }
+    });
+    parallel_for(static_cast<int64_t>(p.rows.num_rows) * num_kv_heads,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int row = static_cast<int>(i / num_kv_heads);
+                     const int kv_head = static_cast<int>(i % num_kv_heads);
+                     const int splits = num_splits(attended_tokens(p, row));
+                     float* first = partials + (tasks.first_of(row) + kv_head * splits) * size;
+                     for (int head = 0; head < p.group_size; ++head) {
+                       merge_head(p, first, splits, head,
+                                  static_cast<T*>(p.out) + row * p.out_row_stride +
+                                      (kv_head * p.group_size + head) * p.out_head_stride);
+                     }
+                   }
+                 });
+  });
+}
+
+}  // namespace QUEST_ISA
+}  // namespace quest

@@ -1,0 +1,173 @@
+// The instructions that the kernels share: dependent launches, loads, and matrix products.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace quest::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// 16 bytes: 8 elements, two to a word.
+struct alignas(16) Vec {
+  static constexpr int kElements = 8;
+  uint32_t word[4];
+};
+
+// Wait until the kernels before this one in the stream have finished, and their stores are visible.
+// Above this line a kernel reads only what no kernel of this library writes (lengths, budgets, page
+// tables, slots: long complete) and writes nothing in device memory.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the next kernel of this library start its preamble, once every CTA has said so. Always after
+// wait_for_previous_kernel: so when a kernel starts, all but its direct predecessor have finished.
+__device__ __forceinline__ void release_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Load what this kernel reads once. Through L2 alone: L1 may hold what an earlier kernel saw.
+__device__ __forceinline__ Vec load_once(const void* address) {
+  Vec v;
+  asm volatile("ld.global.cg.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float load_once(const float* address) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_once(const float2* address) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float4 load_once(const float4* address) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ int32_t load_once(const int32_t* address) {
+  int32_t v;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store(void* address, const Vec& v) {
+  *reinterpret_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The low halves (or the high halves) of two words in one word, `first` lower.
+__device__ __forceinline__ uint32_t pack_low(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+__device__ __forceinline__ uint32_t pack_high(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
+// Transpose an 8x8 matrix of 16-bit elements held by a warp: lane l has row l / 4, columns
+// 2 * (l % 4) and the next.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t elements) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(elements));
+  return transposed;
+}
+
+// A 16x16 matrix (row-major) held by a warp, two elements to a word. With lane l = 4 * r + c:
+// rows r and r + 8 (first index), columns 2c, 2c + 1 and 2c + 8, 2c + 9 (second index).
+struct MatrixA {
+  uint32_t word[2][2];
+};
+
+// Element types: arithmetic on two elements in a word, and the matrix unit's product.
+template <typename T>
+struct Element;
+
+#define QUEST_MMA(type)                                                                  \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                           \
+      : "r"(a.word[0][0]), "r"(a.word[1][0]), "r"(a.word[0][1]), "r"(a.word[1][1]), "r"(b0), \
+        "r"(b1))
+
+// `mma`: sum[16 x 8] += a[16 x 16] * b[16 x 8]. With lane l = 4 * r + c: sum has rows r (first two)
+// and r + 8 (last two), columns 2c, 2c + 1; b has column r, rows 2c, 2c + 1 (b0) and 2c + 8,
+// 2c + 9 (b1).
+template <>
+struct Element<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+  static __device__ __forceinline__ void mma(float (&sum)[4], const MatrixA& a, uint32_t b0,
+                                             uint32_t b1) {
+    QUEST_MMA("bf16");
+  }
+  static __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+    return __float2bfloat16_rn(x);
+  }
+  static __device__ __forceinline__ Pair from_floats(float x, float y) {
+    return __floats2bfloat162_rn(x, y);
+  }
+};
+
+template <>
+struct Element<__half> {
+  using Pair = __half2;
+  static __device__ __forceinline__ void mma(float (&sum)[4], const MatrixA& a, uint32_t b0,
+                                             uint32_t b1) {
+    QUEST_MMA("f16");
+  }
+  static __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ Pair from_floats(float x, float y) {
+    return __floats2half2_rn(x, y);
+  }
+};
+
+#undef QUEST_MMA
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  const auto pair = Element<T>::from_floats(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Elementwise minimum and maximum of two words; NaN wins, as in PyTorch.
+template <typename T>
+__device__ __forceinline__ uint32_t min_pair(uint32_t x, uint32_t y) {
+  using Pair = typename Element<T>::Pair;
+  const Pair z = __hmin2_nan(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+  return reinterpret_cast<const uint32_t&>(z);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t max_pair(uint32_t x, uint32_t y) {
+  using Pair = typename Element<T>::Pair;
+  const Pair z = __hmax2_nan(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+  return reinterpret_cast<const uint32_t&>(z);
+}
+
+}  // namespace quest::cuda

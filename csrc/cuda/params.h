@@ -1,0 +1,81 @@
+// What each stage's CUDA kernel is given. Dimension names: see vllm_quest/ops.py. Strides count
+// elements. Lengths and budgets count tokens and pages, and are read on the device alone.
+#pragma once
+
+#include <cstdint>
+
+namespace quest::cuda {
+
+enum class DType { kBFloat16, kFloat16 };
+
+struct KvCache {
+  void* data;            // [num_blocks, num_kv_heads, block_rows, 2 * head_size] dtype
+  int64_t block_stride;  // of num_blocks
+  int64_t head_stride;   // of num_kv_heads
+  DType dtype;
+  int num_kv_heads;
+  int head_size;
+  int block_tokens;
+  int page_size;
+};
+
+struct Rows {
+  const int32_t* block_table;  // [num_rows, max_blocks]
+  int64_t block_table_stride;  // of num_rows
+  const int32_t* seq_lens;     // [num_rows] tokens
+  const int32_t* budgets;      // [num_rows] pages
+  int num_rows;
+};
+
+struct WriteKvParams {
+  KvCache cache;
+  const void* key;              // [num_slots, num_kv_heads, head_size] dtype of the cache
+  const void* value;            // the same
+  const int64_t* slot_mapping;  // [num_slots] block * block_tokens + offset, or -1
+  int64_t key_token_stride, key_head_stride;
+  int64_t value_token_stride, value_head_stride;
+  int num_slots;
+};
+
+struct ScoreParams {
+  KvCache cache;
+  Rows rows;
+  const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
+  float* scores;      // out: [num_rows, num_kv_heads, max_pages]
+  int64_t query_row_stride, query_head_stride;
+  int64_t scores_row_stride, scores_head_stride;
+  int group_size;
+};
+
+struct SelectParams {
+  const float* scores;      // [num_rows, num_kv_heads, max_pages]
+  const int32_t* seq_lens;  // [num_rows] tokens
+  const int32_t* budgets;   // [num_rows] pages
+  int32_t* pages;           // out: [num_rows, num_kv_heads, max_selected]
+  int64_t scores_row_stride, scores_head_stride;
+  int64_t pages_row_stride, pages_head_stride;
+  int num_rows;
+  int num_kv_heads;
+  int page_size;
+};
+
+struct SparseDecodeParams {
+  KvCache cache;
+  Rows rows;
+  const void* query;     // [num_rows, num_heads, head_size] dtype of the cache
+  const int32_t* pages;  // [num_rows, num_kv_heads, max_selected]
+  void* out;             // out: [num_rows, num_heads, head_size] dtype of the cache
+  // One per CTA: how many CTAs have left their part of the attention that starts in this one.
+  // 0 between launches.
+  int32_t* arrivals;      // [num_ctas]
+  float* partial_out;     // [num_ctas, 2, group_size, head_size] weighted values, not normalised
+  float* partial_weight;  // [num_ctas, 2, group_size, 2] maximum (base 2) and sum of weights
+  int64_t query_row_stride, query_head_stride;
+  int64_t pages_row_stride, pages_head_stride;
+  int64_t out_row_stride, out_head_stride;
+  int group_size;
+  float scale;
+  float soft_cap;  // 0 for none
+};
+
+}  // namespace quest::cuda

@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests. vLLM runs for real; engines live in the test's own process."""
+
+import os
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+from vllm.plugins import load_general_plugins
+
+DEMO_MODEL = Path(__file__).parents[1] / "vllm_quest" / "demo_model"
+
+# `LLM(attention_config=...)` and backend names in tests are parsed before vLLM loads plugins.
+load_general_plugins()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> str:
+    """Path of the bundled model."""
+    return str(DEMO_MODEL)

@@ -1,0 +1,116 @@
+"""Small models with random weights, and engines that run them to the end."""
+
+import contextlib
+import gc
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import LLM, SamplingParams, TokensPrompt
+
+VOCABULARY = 512
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_model(folder: Path, **changes: Any) -> str:
+    """Write a Llama configuration with some values changed. vLLM makes up weights for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    return str(folder)
+
+
+def write_weights(folder: str, seed: int = 0) -> str:
+    """Give a written model random weights, large enough for attention to decide the next token."""
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                scale = 4.0 if "q_proj" in name or "v_proj" in name else 1.0
+                weight.normal_(std=scale / weight.shape[1] ** 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[TokensPrompt]:
+    rng = random.Random(seed)
+    return [
+        TokensPrompt(prompt_token_ids=[rng.randrange(3, VOCABULARY) for _ in range(length)])
+        for length in lengths
+    ]
+
+
+@contextlib.contextmanager
+def engine(
+    model: str, backend: str = "QUEST", quest: dict[str, Any] | None = None, **options: Any
+) -> Iterator[LLM]:
+    """Run an engine in this process."""
+    defaults: dict[str, Any] = {
+        "attention_backend": backend,
+        "additional_config": {"quest": quest or {}} if backend == "QUEST" else {},
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 28,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
+        "load_format": "auto" if (Path(model) / "model.safetensors").exists() else "dummy",
+    }
+    llm = LLM(model, **(defaults | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def greedy(num_tokens: int, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **options)
+
+
+def generate(
+    model: str,
+    prompts: Sequence[Any],
+    params: SamplingParams | Sequence[SamplingParams],
+    **options: Any,
+) -> list[list[int]]:
+    """The token ids that a fresh engine answers each prompt with."""
+    with engine(model, **options) as llm:
+        return token_ids(llm, prompts, params)
+
+
+def token_ids(
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]
+) -> list[list[int]]:
+    results = llm.generate(prompts, params, use_tqdm=False)
+    return [list(result.outputs[0].token_ids) for result in results]
+
+
+def counter(llm: LLM, name: str) -> int:
+    """Value of one of vLLM's own counters."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+

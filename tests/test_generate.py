@@ -1,0 +1,151 @@
+"""QUEST inside vLLM, offline: the batches that vLLM makes give the answers that dense attention gives.
+
+With a budget that covers the context QUEST must answer as CPU_ATTN does, token for token. Random
+weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
+"""
+
+import random
+
+import pytest
+import torch
+from engines import (
+    counter,
+    engine,
+    generate,
+    greedy,
+    random_prompts,
+    token_ids,
+    write_model,
+    write_weights,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares with CPU_ATTN")
+
+COVERING = {"token_budget": -1}
+EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 300, 700]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_weights(write_model(tmp_path_factory.mktemp("llama")))
+
+
+SHAPES = {
+    "grouped": {},
+    "one query head per KV head": {"num_key_value_heads": 4},
+    "three query heads per KV head": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "head size 80": {"head_dim": 80},
+    "head size 96": {"head_dim": 96},
+    "head size 128": {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "head size 256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "soft cap and sliding windows": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
+    path = write_weights(write_model(tmp_path, **SHAPES[shape]))
+    prompts = random_prompts(EDGE_LENGTHS)
+    chunked = {"max_num_batched_tokens": 200, "max_num_seqs": 6}
+    dense = generate(path, prompts, greedy(20), backend="CPU_ATTN", **chunked)
+    assert generate(path, prompts, greedy(20), quest=COVERING, **chunked) == dense
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_size"), [(8, 128), (16, 16), (32, 128), (64, 64), (128, 128)]
+)
+def test_pages_may_be_smaller_than_blocks(model, page_size, block_size):
+    prompts = random_prompts(EDGE_LENGTHS)
+    dense = generate(model, prompts, greedy(8), backend="CPU_ATTN")
+    covering = {"token_budget": 2048, "page_size": page_size, "dense_layers": 0}
+    assert generate(model, prompts, greedy(8), quest=covering, block_size=block_size) == dense
+
+
+def test_a_small_budget_changes_the_answer(model):
+    """Or the tests above would show nothing."""
+    prompts = random_prompts([700])
+    dense = generate(model, prompts, greedy(20), backend="CPU_ATTN")
+    sparse = {"token_budget": 16, "dense_layers": 0}
+    assert generate(model, prompts, greedy(20), quest=sparse) != dense
+
+
+def test_dense_layers_alone_are_dense(model):
+    prompts = random_prompts([700])
+    dense = generate(model, prompts, greedy(20), backend="CPU_ATTN")
+    all_dense = {"token_budget": 16, "dense_layers": 3}
+    assert generate(model, prompts, greedy(20), quest=all_dense) == dense
+
+
+def test_hundreds_of_requests_of_very_different_lengths(model):
+    rng = random.Random(1)
+    lengths = [rng.choice([1, 2, 7, 16, 33, 130, 400, 1000]) for _ in range(300)]
+    prompts = random_prompts(lengths)
+    params = [greedy(rng.randint(1, 24)) for _ in prompts]
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    dense = generate(model, prompts, params, backend="CPU_ATTN", **options)
+    assert generate(model, prompts, params, quest=COVERING, **options) == dense
+
+
+def test_a_preemption_storm_loses_nothing(model):
+    prompts = random_prompts([200 + 10 * i for i in range(24)])
+    dense = generate(model, prompts, greedy(150), backend="CPU_ATTN")
+    with engine(model, quest=COVERING, num_gpu_blocks_override=24) as llm:
+        assert token_ids(llm, prompts, greedy(150)) == dense
+        assert counter(llm, "vllm:num_preemptions") > 0
+
+
+def test_sparse_answers_survive_a_preemption_storm(model):
+    """Every request comes to its end, and each run of the storm gives the same tokens."""
+    prompts = random_prompts([200 + 10 * i for i in range(24)])
+    sparse = {"token_budget": 64, "dense_layers": 1}
+    runs = []
+    for _ in range(2):
+        with engine(model, quest=sparse, num_gpu_blocks_override=24) as llm:
+            runs.append(token_ids(llm, prompts, greedy(150)))
+            assert counter(llm, "vllm:num_preemptions") > 0
+    assert runs[0] == runs[1]
+    assert all(len(tokens) == 150 for tokens in runs[0])
+
+
+@pytest.mark.parametrize("quest", [COVERING, {"token_budget": 128, "dense_layers": 0}])
+def test_prefix_caching_changes_no_token(model, quest):
+    shared = random_prompts([640])[0]["prompt_token_ids"]
+    tails = [prompt["prompt_token_ids"] for prompt in random_prompts([1, 5, 17, 130, 1], seed=2)]
+    prompts = [{"prompt_token_ids": shared + tail} for tail in tails]
+    prompts.append({"prompt_token_ids": shared})  # hits whole: its last token alone is computed
+    answers = []
+    for caching in (False, True):
+        with engine(model, quest=quest, enable_prefix_caching=caching) as llm:
+            token_ids(llm, [{"prompt_token_ids": shared}], greedy(1))
+            answers.append(token_ids(llm, prompts, greedy(20)))
+            assert (counter(llm, "vllm:prefix_cache_hits") > 0) == caching
+    assert answers[0] == answers[1]
+
+
+def test_one_token_ends_of_prompts_are_prefill(model):
+    """The last prompt token sees the whole context, however the prompt was cut into chunks."""
+    prompts = random_prompts([641])
+    sparse = {"token_budget": 16, "dense_layers": 0}
+    whole = generate(model, prompts, greedy(1), quest=sparse)
+    cut = generate(model, prompts, greedy(1), quest=sparse, max_num_batched_tokens=640)
+    dense = generate(model, prompts, greedy(1), backend="CPU_ATTN")
+    assert whole == cut == dense
+
+
+def test_speculative_tokens_are_rows(model):
+    prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    for quest in (COVERING, {"token_budget": 64, "dense_layers": 0}):
+        plain = generate(model, prompts, greedy(40), quest=quest)
+        with engine(model, quest=quest, speculative_config=ngram) as llm:
+            assert token_ids(llm, prompts, greedy(40)) == plain
+            assert counter(llm, "vllm:spec_decode_num_draft_tokens") > 0

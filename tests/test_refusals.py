@@ -1,0 +1,93 @@
+"""What QUEST cannot serve is refused at start-up, in one line that says what to do."""
+
+from typing import Any
+
+import pytest
+import vllm
+from engines import engine, write_model
+
+MLA = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": None,
+    "first_k_dense_replace": 3,
+}
+ALIBI = {
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "n_head": 4,
+    "n_layer": 2,
+    "layer_norm_epsilon": 1e-5,
+}
+SINKS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 128,
+    "layer_types": ["full_attention"] * 3,
+}
+ENCODER = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "layer_norm_eps": 1e-5,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+}
+CONNECTOR = {
+    "kv_transfer_config": {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": "/nowhere"},
+    }
+}
+
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "MLA": (MLA, {}, ["MLA", "--attention-backend"]),
+    "ALiBi": (ALIBI, {}, ["ALiBi", "--attention-backend"]),
+    "attention sinks": (SINKS, {"dtype": "bfloat16"}, ["sinks", "--attention-backend"]),
+    "encoder": (ENCODER, {}, ["pooling", "--attention-backend"]),
+    "KV connector": ({}, CONNECTOR, ["ExampleConnector", "--kv-transfer-config"]),
+    "KV offloading": ({}, {"kv_offloading_size": 1}, ["connector", "--kv-offloading-size"]),
+    "context parallelism": (
+        {},
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        ["--decode-context-parallel-size"],
+    ),
+    "head size": ({"head_dim": 32}, {}, ["head size is 32", "64, 80, 96, 128, 256"]),
+    "quantised KV cache": ({}, {"kv_cache_dtype": "fp8"}, ["fp8", "--kv-cache-dtype"]),
+    "page size": (
+        {},
+        {"quest": {"page_size": 48}},
+        ["'page_size'", "48", "block size of 128", "--block-size"],
+    ),
+    "unknown setting": ({}, {"quest": {"budget": 1}}, ["'budget'", "token_budget"]),
+    "bad setting": ({}, {"quest": {"token_budget": "8"}}, ["'token_budget'", "'8'", "integer"]),
+}
+
+
+def refusal(path: str, **options: Any) -> str:
+    with pytest.raises(Exception) as error, engine(path, **options):
+        pass
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_it_is_refused_with_a_cure(tmp_path, what):
+    shape, options, words = REFUSALS[what]
+    message = refusal(write_model(tmp_path, **shape), **options)
+    lines = [line for line in message.splitlines() if "QUEST" in line or "quest" in line]
+    assert len(lines) == 1, message
+    for word in words:
+        assert word in lines[0]
+
+
+def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.35.1")
+    message = refusal(write_model(tmp_path))
+    assert "vLLM 0.35.1 is installed; install vllm>=0.32,<0.34" in message

@@ -1,0 +1,56 @@
+"""The bundled model finds its pass keys through QUEST's pages, and not through as many recent ones."""
+
+import pytest
+from engines import engine, greedy, token_ids
+
+from vllm_quest import ops
+from vllm_quest.pass_keys import make_haystack
+
+CONTEXT_TOKENS = 16384
+NUM_QUESTIONS = 16
+
+
+def recent_pages(scores, seq_lens, budgets, page_size, pages):
+    """Stand-in for `ops.select`: as many pages, but the newest, whatever they score."""
+    for row, (seq_len, budget) in enumerate(zip(seq_lens.tolist(), budgets.tolist(), strict=True)):
+        num_pages = -(-seq_len // page_size)
+        if num_pages > budget:
+            pages[row, :, :budget] = ops.torch.arange(num_pages - budget, num_pages)
+
+
+@pytest.fixture(scope="module")
+def haystack():
+    return make_haystack(CONTEXT_TOKENS, 128, seed=7)
+
+
+@pytest.fixture(scope="module")
+def questions(haystack):
+    facts = haystack.facts[:: len(haystack.facts) // NUM_QUESTIONS][:NUM_QUESTIONS]
+    return [(haystack.prompt(fact), fact.code) for fact in facts]
+
+
+def share_right(llm, questions) -> float:
+    """The share of answers that are right to the last number."""
+    chats = [[{"role": "user", "content": prompt}] for prompt, _ in questions]
+    answers = llm.chat(chats, greedy(5), use_tqdm=False)
+    return sum(
+        answer.outputs[0].text.strip() == code
+        for answer, (_, code) in zip(answers, questions, strict=True)
+    ) / len(questions)
+
+
+def test_retrieval_at_an_eighth_of_the_context(demo_model, questions, monkeypatch):
+    quest = {"token_budget": CONTEXT_TOKENS // 8, "dense_layers": 0}
+    with engine(demo_model, quest=quest, kv_cache_memory_bytes=1 << 30) as llm:
+        assert share_right(llm, questions) >= 0.9
+        monkeypatch.setattr(ops, "select", recent_pages)
+        assert share_right(llm, questions) <= 0.3
+
+
+def test_a_covering_budget_gives_the_dense_answers(demo_model, questions):
+    prompts = [prompt for prompt, _ in questions]
+    answers = []
+    for options in ({"backend": "CPU_ATTN"}, {"quest": {"token_budget": -1}}):
+        with engine(demo_model, kv_cache_memory_bytes=1 << 30, **options) as llm:
+            answers.append(token_ids(llm, prompts, greedy(8)))
+    assert answers[0] == answers[1]

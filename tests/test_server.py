@@ -1,0 +1,118 @@
+"""The user's own way in: `vllm serve --attention-backend QUEST`, asked through the OpenAI API."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from engines import write_model
+
+from vllm_quest.pass_keys import make_haystack
+
+START_LIMIT_S = 180
+SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+@contextlib.contextmanager
+def serve(model: str, *options: str) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([*SERVE, model, "--port", str(port), "--enforce-eager", *options])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            assert process.poll() is None, "the server stopped"
+            assert time.monotonic() < deadline, "the server did not start in time"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=1)
+                break
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(demo_model, monkeypatch_module):
+    monkeypatch_module.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch_module.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    quest = json.dumps({"quest": {"token_budget": 1024, "dense_layers": 0}})
+    with serve(demo_model, "--attention-backend", "QUEST", "--additional-config", quest) as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def haystack():
+    return make_haystack(8000, 64, seed=3)
+
+
+def ask(client, model, haystack, fact, **options) -> str:
+    chunks = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": haystack.prompt(fact)}],
+        temperature=0,
+        max_tokens=5,
+        stream=True,
+        **options,
+    )
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_chats_retrieve(client, demo_model, haystack):
+    facts = haystack.facts[::8]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda fact: ask(client, demo_model, haystack, fact), facts))
+    right = sum(answer.strip() == fact.code for answer, fact in zip(answers, facts, strict=True))
+    assert right >= len(facts) - 1
+
+
+def budget(value) -> dict:
+    return {"extra_body": {"vllm_xargs": {"quest_token_budget": value}}}
+
+
+def test_requests_with_budgets_of_their_own_share_the_server(client, demo_model, haystack):
+    facts = haystack.facts[::4]
+    with ThreadPoolExecutor(8) as pool:
+        tiny = pool.map(lambda fact: ask(client, demo_model, haystack, fact, **budget(32)), facts)
+        full = pool.map(lambda fact: ask(client, demo_model, haystack, fact, **budget(-1)), facts)
+        right = [
+            sum(answer.strip() == fact.code for answer, fact in zip(answers, facts, strict=True))
+            for answers in (tiny, full)
+        ]
+    assert right[0] <= len(facts) // 2
+    assert right[1] >= len(facts) - 1
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024]])
+def test_a_bad_budget_is_refused_and_the_server_goes_on(client, demo_model, haystack, value):
+    fact = haystack.facts[0]
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, demo_model, haystack, fact, **budget(value))
+    assert "quest_token_budget" in str(error.value)
+    assert ask(client, demo_model, haystack, fact, **budget(4096)).strip() == fact.code
+
+
+def test_a_bad_setting_stops_the_server_with_one_line(tmp_path):
+    model = write_model(tmp_path)
+    options = ["--attention-backend", "QUEST", "--skip-tokenizer-init"]
+    settings = ["--additional-config", '{"quest": {"token_budgets": 5}}']
+    process = subprocess.run([*SERVE, model, *options, *settings], capture_output=True, text=True)
+    assert process.returncode != 0
+    line = process.stderr.strip().splitlines()[-1]
+    assert "'token_budgets'" in line and "'token_budget'" in line

@@ -1,0 +1,102 @@
+"""A token budget per request: `SamplingParams(extra_args={"quest_token_budget": 1024})`.
+
+vLLM hands a request's parameters to logits processors and to no one else, so this is one, though it
+touches no logits: it records each request's budget by the slot that the request occupies. The
+metadata builder looks the slots up.
+
+The module is imported by every vLLM process, whether or not QUEST is selected: keep it light.
+"""
+
+import difflib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.sample.logits_processor.interface import MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
+
+from vllm_quest.config import UNLIMITED
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+FIELD = "quest_token_budget"
+PREFIX = "quest_"
+SERVER_DEFAULT = 0
+"""Stands in the table for: this request asked for nothing."""
+
+
+def requested_budget(extra_args: dict[str, Any] | None) -> int:
+    """The token budget that a request asks for: tokens, UNLIMITED or SERVER_DEFAULT.
+
+    Raises:
+        ValueError: the value, or a key that begins with `quest_`, is not one that QUEST knows.
+    """
+    if not extra_args:
+        return SERVER_DEFAULT
+    for key in extra_args:
+        if key.startswith(PREFIX) and key != FIELD:
+            near = difflib.get_close_matches(key, [FIELD], n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown field {key!r}; did you mean {near!r}?")
+    if FIELD not in extra_args:
+        return SERVER_DEFAULT
+    budget = extra_args[FIELD]
+    is_integer = isinstance(budget, int) and not isinstance(budget, bool)
+    if not is_integer or (budget < 1 and budget != UNLIMITED):
+        raise ValueError(
+            f"{FIELD} is {budget!r}; allowed: a positive number of tokens (integer), "
+            "or -1 for full attention"
+        )
+    return min(int(budget), np.iinfo(np.int32).max)
+
+
+class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
+    """Keeps `budget_by_slot`, `[max_num_seqs]` int32 in tokens, in step with vLLM's batch."""
+
+    _tables: ClassVar[dict[int, np.ndarray]] = {}
+
+    def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
+        slots = vllm_config.scheduler_config.max_num_seqs
+        self.budget_by_slot = np.full(slots, SERVER_DEFAULT, dtype=np.int32)
+        self._tables[id(vllm_config)] = self.budget_by_slot
+
+    @classmethod
+    def table(cls, vllm_config: "VllmConfig") -> np.ndarray | None:
+        """The budgets by slot of an engine; None if vLLM gave it no such processor."""
+        return cls._tables.get(id(vllm_config))
+
+    @classmethod
+    def validate_params(cls, sampling_params: "SamplingParams") -> None:
+        """Refuse a bad budget when the request arrives: HTTP 400, or ValueError offline."""
+        requested_budget(sampling_params.extra_args)
+
+    def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+        """V2 runner: a request takes a slot."""
+        self.budget_by_slot[req_idx] = requested_budget(sampling_params.extra_args)
+        return False
+
+    def update_state(self, batch_update: "BatchUpdate | None") -> None:
+        """V1 runner: requests leave, arrive and move, in this order."""
+        if batch_update is None:
+            return
+        budgets = self.budget_by_slot
+        budgets[list(batch_update.removed)] = SERVER_DEFAULT
+        for slot, sampling_params, *_ in batch_update.added:
+            budgets[slot] = requested_budget(sampling_params.extra_args)
+        for source, target, direction in batch_update.moved:
+            moved = budgets[source]
+            budgets[source] = (
+                budgets[target] if direction == MoveDirectionality.SWAP else SERVER_DEFAULT
+            )
+            budgets[target] = moved
+
+    def is_argmax_invariant(self) -> bool:
+        """Logits stay as they are."""
+        return True
+
+    def apply(self, logits: "torch.Tensor", ctx: Any = None) -> "torch.Tensor":
+        """Logits stay as they are."""
+        return logits

@@ -1,0 +1,71 @@
+"""The command `vllm-quest`."""
+
+import argparse
+import sys
+
+from vllm_quest import __version__
+
+EPILOG = """\
+QUEST itself is switched on in vLLM, not here:
+
+  vllm serve MODEL --attention-backend QUEST \\
+      --additional-config '{"quest": {"token_budget": 1024}}'
+"""
+
+
+def main() -> None:
+    """Run the command line; exits with 0 if all is well."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-quest",
+        description="QUEST attention for vLLM: see what works here, and try it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-quest {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser(
+        "check",
+        help="say what was found on this machine, what works, and what to do about the rest",
+        description="One screen: vLLM, torch, the processor or GPU, the compiled operators.",
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="serve the bundled model, ask it for pass keys hidden in a long text, compare budgets",
+        description=(
+            "Starts a vLLM server with --attention-backend QUEST on the bundled model, hides pass "
+            "keys in a long text and asks for them through the OpenAI API: once with full "
+            "attention, then under each budget."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--context", type=int, default=16384, metavar="TOKENS", help="length of the text"
+    )
+    demo.add_argument("--questions", type=int, default=8, help="pass keys to ask for")
+    demo.add_argument(
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[2048, 1024, 128],
+        metavar="TOKENS",
+        help="token budgets to compare with full attention",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of the text and its pass keys")
+
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        from vllm_quest.check import run_check
+
+        sys.exit(run_check())
+    from vllm_quest.demo import run_demo
+
+    sys.exit(
+        run_demo(
+            context_tokens=arguments.context,
+            num_questions=arguments.questions,
+            budgets=arguments.budgets,
+            seed=arguments.seed,
+        )
+    )

@@ -1,0 +1,104 @@
+"""QUEST's settings: one frozen, validated object, read from vLLM's `additional_config["quest"]`."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SECTION = "quest"
+UNLIMITED = -1
+"""The token budget that means full attention."""
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    """What a user may set, with `--additional-config '{"quest": {...}}'`.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
+    """
+
+    token_budget: int = 2048
+    """Tokens attended per KV head in one decode step, rounded up to whole pages; -1: no limit."""
+
+    dense_layers: int = 2
+    """Layers at the front that always attend in full (arXiv 2406.10774, section 3.3: two)."""
+
+    page_size: int = 16
+    """Tokens per page; a multiple of 8 that divides vLLM's block size."""
+
+    _active: ClassVar["QuestConfig"]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise _bad_value(field.name, value, "an integer")
+        if self.token_budget != UNLIMITED and self.token_budget < 1:
+            raise _bad_value("token_budget", self.token_budget, "a positive integer, or -1")
+        if self.dense_layers < 0:
+            raise _bad_value("dense_layers", self.dense_layers, "0 or a positive integer")
+        if self.page_size < 8 or self.page_size % 8 != 0:
+            raise _bad_value("page_size", self.page_size, "a positive multiple of 8")
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> "QuestConfig":
+        """Validate a user's `quest` section.
+
+        Raises:
+            ValueError: not a mapping, an unknown key, or a bad value.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"additional_config['{SECTION}'] is {settings!r}; expected a mapping such as "
+                '{"token_budget": 2048}'
+            )
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"additional_config['{SECTION}'] has an unknown key {key!r}.{hint} "
+                    f"Known keys: {', '.join(known)}"
+                )
+        return cls(**settings)
+
+    @classmethod
+    def from_vllm(cls, vllm_config: "VllmConfig") -> "QuestConfig":
+        """Read the settings that a vLLM configuration carries.
+
+        Raises:
+            ValueError: see `from_settings`.
+        """
+        additional = vllm_config.additional_config
+        settings = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
+        cls._active = cls.from_settings(settings)
+        return cls._active
+
+    @classmethod
+    def active(cls) -> "QuestConfig":
+        """The settings of the model that this process is building or running.
+
+        vLLM asks the backend class for block sizes and cache specs without handing it a
+        configuration, at times outside `set_current_vllm_config` too: then the answer is what was
+        read last, which is when the model's layers were made.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        vllm_config = get_current_vllm_config_or_none()
+        return cls._active if vllm_config is None else cls.from_vllm(vllm_config)
+
+    def pages(self, token_budget: int) -> int:
+        """The pages that a budget in tokens buys, rounded up; UNLIMITED is not a valid budget."""
+        return -(-token_budget // self.page_size)
+
+
+QuestConfig._active = QuestConfig()
+
+
+def _bad_value(key: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"additional_config['{SECTION}']['{key}'] is {value!r}; allowed: {allowed}")

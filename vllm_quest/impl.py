@@ -1,0 +1,159 @@
+"""The stages of QUEST in one layer, in the paper's order: write, score, select, attend."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_quest import dense_cpu, kv_page, ops
+from vllm_quest.config import QuestConfig
+from vllm_quest.metadata import DecodeRows, QuestMetadata
+from vllm_quest.support import OTHER_BACKEND
+
+
+class QuestImpl(AttentionImpl[QuestMetadata]):
+    """One attention layer. Prefill and sliding windows are the platform backend's work."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise ValueError(f"QUEST cannot serve this model: it uses ALiBi; {OTHER_BACKEND}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or 0.0
+        self.quest = QuestConfig.active()
+        self._is_dense_layer: bool | None = None
+        self.windowed = None
+        if sliding_window is not None:
+            self.windowed = dense_cpu.PlatformImpl(
+                num_heads,
+                head_size,
+                scale,
+                self.num_kv_heads,
+                alibi_slopes,
+                sliding_window,
+                kv_cache_dtype,
+                logits_soft_cap,
+                attn_type,
+                kv_sharing_target_layer_name,
+            )
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Store keys and values, and renew the bounds of the pages they fall into."""
+        if self.windowed is not None:
+            self.windowed.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        else:
+            ops.write_kv(key, value, kv_cache, slot_mapping, self.quest.page_size)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: QuestMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend for a batch.
+
+        Args:
+            layer: the vLLM layer, for its name.
+            query: `[num_tokens, num_heads, head_size]`, padding at its end.
+            key: unused; keys are read from their pages.
+            value: unused likewise.
+            kv_cache: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, see `kv_page`.
+            attn_metadata: the batch; None while vLLM measures memory.
+            output: `[num_tokens, num_heads, head_size]`, written and returned.
+            output_scale: must be None.
+            output_block_scale: must be None.
+
+        Raises:
+            NotImplementedError: vLLM asked for a quantised output.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("QUEST does not quantise its output")
+        if attn_metadata is None:
+            return output.zero_()
+        if self.windowed is not None:
+            return self.windowed.forward(
+                layer, query, key, value, kv_cache, attn_metadata.platform, output
+            )
+        num_rows, num_tokens = attn_metadata.num_decode_rows, attn_metadata.num_actual_tokens
+        if attn_metadata.rows is not None:
+            self._decode(layer, query[:num_rows], kv_cache, attn_metadata.rows, output[:num_rows])
+        if attn_metadata.prefill is not None:
+            dense_cpu.prefill(
+                query[num_rows:num_tokens],
+                kv_cache,
+                attn_metadata.prefill,
+                block_tokens=kv_page.block_tokens(kv_cache, self.quest.page_size),
+                scale=self.scale,
+                soft_cap=self.soft_cap,
+                output=output[num_rows:num_tokens],
+            )
+        return output
+
+    def _decode(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,  # [num_rows, num_heads, head_size]
+        kv_cache: Tensor,
+        rows: DecodeRows,
+        output: Tensor,  # [num_rows, num_heads, head_size]
+    ) -> None:
+        page_size = self.quest.page_size
+        table, seq_lens = rows.block_table, rows.seq_lens
+        budgets = rows.unlimited if self._is_dense(layer) else rows.budgets
+        if rows.any_sparse and budgets is rows.budgets:
+            ops.score(query, kv_cache, table, seq_lens, budgets, page_size, rows.scores)
+            ops.select(rows.scores, seq_lens, budgets, page_size, rows.pages)
+        ops.sparse_decode(
+            query,
+            kv_cache,
+            table,
+            seq_lens,
+            budgets,
+            rows.pages,
+            page_size,
+            self.scale,
+            self.soft_cap,
+            output,
+        )
+
+    def _is_dense(self, layer: Any) -> bool:
+        """Whether the layer is one of the first `dense_layers`; its name has its number."""
+        if self._is_dense_layer is None:
+            number = re.search(r"layers\.(\d+)", layer.layer_name)
+            if number is None:
+                raise ValueError(
+                    f"QUEST cannot tell the number of layer {layer.layer_name!r}; expected a name "
+                    f"with 'layers.<number>'; {OTHER_BACKEND}"
+                )
+            self._is_dense_layer = int(number.group(1)) < self.quest.dense_layers
+        return self._is_dense_layer

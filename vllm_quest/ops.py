@@ -1,0 +1,128 @@
+"""Typed wrappers of the compiled operators `torch.ops.vllm_quest.*`, one per stage.
+
+The same four operators exist for CPU and CUDA. `vllm_quest/reference.py` says in plain PyTorch
+what each computes; `csrc/README.md` says how.
+
+Dimension names, used in Python and C++ alike:
+
+    num_rows       decode rows: one query token each, with its own page-table row and length
+    num_heads      query heads; num_heads = num_kv_heads * group_size
+    block_tokens   tokens of a vLLM block (N); page_size divides it
+    block_rows     rows of a block: block_tokens keys|values, then block_tokens / page_size bounds
+    max_pages      capacity in pages: max_blocks * block_tokens / page_size
+
+`kv_cache` is `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, fp16, bf16 or (CPU) fp32. Row
+r < block_tokens holds key|value of token r, row block_tokens + p holds minimum|maximum of the keys
+of page p. (block, head) pages are contiguous; the two outer strides are free.
+
+A row's pages are numbered by position: page j covers tokens j * page_size onwards and lies in block
+`block_table[row, j * page_size // block_tokens]`. A row whose pages number no more than its budget
+is attended in full: `score` and `select` skip it, and `sparse_decode` never reads its list.
+A row of length 0 is padding: nothing of it is read, its output is 0.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_quest import extension
+
+for _device in extension.LIBRARIES:
+    if extension.library(_device).exists():
+        extension.load(_device)
+
+UNLIMITED_PAGES = torch.iinfo(torch.int32).max
+"""A budget that every context fits."""
+
+
+def write_kv(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, page_size: int
+) -> None:
+    """Store keys and values in their slots, then recompute the bounds of every touched page.
+
+    The bounds are taken anew over the page's filled tokens: those up to the last one written here.
+    The slots of one page are adjacent in `slot_mapping` and ascend, as vLLM makes them.
+
+    Args:
+        key: `[num_tokens, num_kv_heads, head_size]`, dtype of the cache; last dimension contiguous.
+        value: the same shape.
+        kv_cache: see the module; changed in place.
+        slot_mapping: `[num_slots]` int64, block * block_tokens + offset; -1 is padding.
+            num_slots <= num_tokens; further tokens are padding too.
+        page_size: tokens per page.
+    """
+    torch.ops.vllm_quest.write_kv(key, value, kv_cache, slot_mapping, page_size)
+
+
+def score(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    budgets: Tensor,
+    page_size: int,
+    scores: Tensor,
+) -> None:
+    """Bound q·k from above for every page: the largest over the query heads that share a KV head.
+
+    QUEST, arXiv 2406.10774, section 3.3: Σ_d max(q_d · min_d, q_d · max_d). Unscaled.
+
+    Args:
+        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        kv_cache: see the module.
+        block_table: `[num_rows, max_blocks]` int32; entries past the row's length are never read.
+        seq_lens: `[num_rows]` int32, tokens, the row's own token included.
+        budgets: `[num_rows]` int32, pages, at least 1.
+        page_size: tokens per page.
+        scores: out, `[num_rows, num_kv_heads, max_pages]` fp32; only the first
+            ceil(seq_len / page_size) of rows over their budget are written.
+    """
+    torch.ops.vllm_quest.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
+
+
+def select(
+    scores: Tensor, seq_lens: Tensor, budgets: Tensor, page_size: int, pages: Tensor
+) -> None:
+    """Choose each KV head's pages: the newest page and the best-scored others, budget in all.
+
+    Equal scores go to the lower page number. Exact and deterministic.
+
+    Args:
+        scores: `[num_rows, num_kv_heads, max_pages]` fp32, from `score`.
+        seq_lens: `[num_rows]` int32, tokens.
+        budgets: `[num_rows]` int32, pages; for rows over their budget at most max_selected.
+        page_size: tokens per page.
+        pages: out, `[num_rows, num_kv_heads, max_selected]` int32: page numbers, ascending, in the
+            first budget entries of rows over their budget; the rest is left as it was.
+    """
+    torch.ops.vllm_quest.select(scores, seq_lens, budgets, page_size, pages)
+
+
+def sparse_decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    budgets: Tensor,
+    pages: Tensor,
+    page_size: int,
+    scale: float,
+    soft_cap: float,
+    out: Tensor,
+) -> None:
+    """Attend to the selected pages, or to all of a row that fits its budget.
+
+    Args:
+        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        kv_cache: see the module.
+        block_table: `[num_rows, max_blocks]` int32.
+        seq_lens: `[num_rows]` int32, tokens.
+        budgets: `[num_rows]` int32, pages.
+        pages: `[num_rows, num_kv_heads, max_selected]` int32, from `select`.
+        page_size: tokens per page.
+        scale: factor of q·k.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
+        out: `[num_rows, num_heads, head_size]`, dtype of the query.
+    """
+    torch.ops.vllm_quest.sparse_decode(
+        query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale, soft_cap, out
+    )

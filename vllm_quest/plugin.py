@@ -1,0 +1,92 @@
+"""Registration: makes QUEST a name that vLLM knows, in every process that vLLM starts.
+
+vLLM calls `register` through the entry-point group `vllm.general_plugins`. With QUEST registered
+but not selected, vLLM behaves as without this package.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+NAME = "QUEST"
+BACKEND_PATH = "vllm_quest.backend.QuestBackend"
+
+
+def register() -> None:
+    """Add the backend QUEST to vLLM. Safe to call again."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    register_backend(NAME, BACKEND_PATH)
+    _make_picklable(AttentionBackendEnum[NAME])
+    _wrap_platform()
+
+
+def load_member() -> "AttentionBackendEnum":
+    """Return `AttentionBackendEnum.QUEST`, registering it first where that has not happened."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[NAME]
+
+
+def is_selected(vllm_config: "VllmConfig") -> bool:
+    """Whether any of the model's layers is to use QUEST."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(backend is not None and backend.name == NAME for backend in chosen)
+
+
+def _make_picklable(member: "AttentionBackendEnum") -> None:
+    """Let spawned processes unpickle the member before they have loaded plugins.
+
+    vLLM pickles its configuration into children; enum members pickle by value, and the stock enum
+    of a fresh process has no such value. This one is pickled as a call of `load_member`.
+    """
+
+    def reduce(protocol: int) -> tuple[Any, tuple[()]]:
+        return load_member, ()
+
+    member.__reduce_ex__ = reduce  # type: ignore[method-assign]
+
+
+def _wrap_platform() -> None:
+    """Teach the platform two things, for configurations that select QUEST only.
+
+    * `check_and_update_config` refuses what QUEST cannot serve, in the user's own process, before
+      any other is started.
+    * `CpuPlatform.get_attn_backend_cls` knows one backend and answers CPU_ATTN whatever was asked
+      (`vllm/platforms/cpu.py`); CUDA's honours the name.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check_config = platform.check_and_update_config
+    get_backend = platform.get_attn_backend_cls
+
+    @functools.wraps(check_config)
+    def check_and_update_config(vllm_config: "VllmConfig") -> None:
+        check_config(vllm_config)
+        if is_selected(vllm_config):
+            from vllm_quest.support import refuse_unsupported
+
+            refuse_unsupported(vllm_config)
+
+    @functools.wraps(get_backend)
+    def get_attn_backend_cls(
+        selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is None or selected_backend.name != NAME:
+            return get_backend(selected_backend, attn_selector_config, num_heads)
+        from vllm_quest.support import refuse_layer
+
+        refuse_layer(attn_selector_config)
+        return BACKEND_PATH
+
+    platform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore
+    if current_platform.is_cpu():
+        platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)  # type: ignore

@@ -1,0 +1,179 @@
+"""QUEST in plain PyTorch: what each operator of `ops.py` computes, with the same arguments.
+
+It is the specification, written to be read: loops, no batching, everything in fp64 once loaded.
+Only tests and benchmarks import it. Tensors and dimension names: see `ops.py`.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float64
+
+
+def tokens_per_block(kv_cache: Tensor, page_size: int) -> int:
+    block_rows = kv_cache.shape[2]
+    return block_rows // (page_size + 1) * page_size
+
+
+def num_pages(seq_len: int, page_size: int) -> int:
+    return (seq_len + page_size - 1) // page_size
+
+
+def page_rows(kv_cache: Tensor, block_table_row: Tensor, page: int, page_size: int) -> Tensor:
+    """A page's keys|values: `[num_kv_heads, page_size, 2 * head_size]`, a view."""
+    first_token = page * page_size
+    block_tokens = tokens_per_block(kv_cache, page_size)
+    block = int(block_table_row[first_token // block_tokens])
+    first = first_token % block_tokens
+    return kv_cache[block, :, first : first + page_size]
+
+
+def page_bounds(kv_cache: Tensor, block_table_row: Tensor, page: int, page_size: int) -> Tensor:
+    """A page's minimum|maximum: `[num_kv_heads, 2 * head_size]`, a view."""
+    first_token = page * page_size
+    block_tokens = tokens_per_block(kv_cache, page_size)
+    block = int(block_table_row[first_token // block_tokens])
+    page_in_block = first_token % block_tokens // page_size
+    return kv_cache[block, :, block_tokens + page_in_block]
+
+
+def write_kv(
+    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, page_size: int
+) -> None:
+    block_tokens = tokens_per_block(kv_cache, page_size)
+    last_written: dict[tuple[int, int], int] = {}  # (block, page of the block) -> token of the page
+    for i, slot in enumerate(slot_mapping.tolist()):
+        if slot == -1:
+            continue
+        block, token = divmod(slot, block_tokens)
+        kv_cache[block, :, token] = torch.cat([key[i], value[i]], dim=-1)
+        page, token_of_page = divmod(token, page_size)
+        last_written[block, page] = token_of_page
+    for (block, page), token_of_page in last_written.items():
+        update_bounds(kv_cache, block, page, token_of_page + 1, page_size)
+
+
+def update_bounds(
+    kv_cache: Tensor, block: int, page: int, num_tokens: int, page_size: int
+) -> None:
+    """Recompute the bounds of a block's page over its first `num_tokens` keys."""
+    block_tokens = tokens_per_block(kv_cache, page_size)
+    head_size = kv_cache.shape[3] // 2
+    first = page * page_size
+    keys = kv_cache[block, :, first : first + num_tokens, :head_size]
+    kv_cache[block, :, block_tokens + page] = torch.cat([keys.amin(dim=1), keys.amax(dim=1)], -1)
+
+
+def score(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    budgets: Tensor,
+    page_size: int,
+    scores: Tensor,
+) -> None:
+    num_rows, num_heads, head_size = query.shape
+    group_size = num_heads // kv_cache.shape[1]
+    for row in range(num_rows):
+        pages = num_pages(int(seq_lens[row]), page_size)
+        if pages <= int(budgets[row]):
+            continue
+        for page in range(pages):
+            bounds = page_bounds(kv_cache, block_table[row], page, page_size).to(DTYPE)
+            low = bounds[:, :head_size].repeat_interleave(group_size, dim=0)
+            high = bounds[:, head_size:].repeat_interleave(group_size, dim=0)
+            q = query[row].to(DTYPE)
+            per_head = torch.maximum(q * low, q * high).sum(dim=-1)
+            scores[row, :, page] = per_head.view(-1, group_size).amax(dim=-1)
+
+
+def select(
+    scores: Tensor, seq_lens: Tensor, budgets: Tensor, page_size: int, pages: Tensor
+) -> None:
+    num_rows, num_kv_heads, _ = scores.shape
+    for row in range(num_rows):
+        newest = num_pages(int(seq_lens[row]), page_size) - 1
+        budget = int(budgets[row])
+        if newest + 1 <= budget:
+            continue
+        for head in range(num_kv_heads):
+            values = scores[row, head].tolist()
+            best_first = sorted(range(newest), key=lambda page: (-values[page], page))
+            chosen = sorted([*best_first[: budget - 1], newest])
+            pages[row, head, :budget] = torch.tensor(chosen, dtype=pages.dtype)
+
+
+def sparse_decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    budgets: Tensor,
+    pages: Tensor,
+    page_size: int,
+    scale: float,
+    soft_cap: float,
+    out: Tensor,
+) -> None:
+    num_rows, num_heads, _ = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    group_size = num_heads // num_kv_heads
+    for row in range(num_rows):
+        seq_len, budget = int(seq_lens[row]), int(budgets[row])
+        if seq_len == 0:
+            out[row] = 0
+            continue
+        for head in range(num_kv_heads):
+            attended = list(range(num_pages(seq_len, page_size)))
+            if len(attended) > budget:
+                attended = pages[row, head, :budget].tolist()
+            keys_values = torch.cat(
+                [
+                    page_rows(kv_cache, block_table[row], page, page_size)[
+                        head, : min(page_size, seq_len - page * page_size)
+                    ]
+                    for page in attended
+                ]
+            )
+            heads = slice(head * group_size, (head + 1) * group_size)
+            out[row, heads] = attend(query[row, heads], keys_values, scale, soft_cap).to(out.dtype)
+
+
+def attend(query: Tensor, keys_values: Tensor, scale: float, soft_cap: float) -> Tensor:
+    """Softmax attention of `[group_size, head_size]` over `[num_tokens, 2 * head_size]`, in fp64."""
+    key, value = keys_values.to(DTYPE).chunk(2, dim=-1)
+    logits = query.to(DTYPE) @ key.T * scale
+    if soft_cap > 0:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    return torch.softmax(logits, dim=-1) @ value
+
+
+def full_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    scale: float,
+    soft_cap: float,
+) -> Tensor:
+    """Attention over every token of every row, `[num_rows, num_heads, head_size]` fp64.
+
+    It knows nothing of pages' bounds or selection.
+    """
+    num_rows, num_heads, head_size = query.shape
+    block_tokens = tokens_per_block(kv_cache, page_size)
+    num_kv_heads = kv_cache.shape[1]
+    group_size = num_heads // num_kv_heads
+    out = torch.zeros(num_rows, num_heads, head_size, dtype=DTYPE)
+    for row in range(num_rows):
+        seq_len = int(seq_lens[row])
+        if seq_len == 0:
+            continue
+        blocks = block_table[row, : (seq_len + block_tokens - 1) // block_tokens].long()
+        tokens = kv_cache[blocks, :, :block_tokens].transpose(1, 2).flatten(0, 1)[:seq_len]
+        for head in range(num_heads):
+            keys_values = tokens[:, head // group_size]
+            out[row, head] = attend(query[row, head : head + 1], keys_values, scale, soft_cap)[0]
+    return out

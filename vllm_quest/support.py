@@ -1,0 +1,145 @@
+"""What QUEST cannot serve, and what to do about it: each refusal is one line.
+
+Two gates. `refuse_unsupported` sees the whole configuration in the user's own process, before any
+weight is read. `layer_reasons` sees what only an attention layer knows, such as its sinks.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from packaging.version import Version
+
+from vllm_quest.config import QuestConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+VLLM_AT_LEAST, VLLM_BELOW = "0.32", "0.34"
+HEAD_SIZES = {"cpu": (64, 80, 96, 128, 256), "cuda": (64, 96, 128, 256)}
+DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+OTHER_BACKEND = "choose another --attention-backend"
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Stop start-up if this configuration asks for what QUEST cannot do.
+
+    Raises:
+        ValueError: naming what is unsupported and the cure; or a bad setting (see `QuestConfig`).
+    """
+    quest = QuestConfig.from_vllm(vllm_config)
+    for reason in _reasons(vllm_config, quest):
+        raise ValueError(f"QUEST cannot serve this configuration: {reason}")
+
+
+def refuse_layer(selector: "AttentionSelectorConfig") -> None:
+    """Stop start-up if a layer asks for what QUEST cannot do.
+
+    Raises:
+        ValueError: naming what is unsupported and the cure.
+    """
+    for reason in layer_reasons(selector):
+        raise ValueError(f"QUEST cannot serve this model: {reason}")
+
+
+def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
+    import vllm
+    from vllm.platforms import current_platform
+
+    installed = Version(Version(vllm.__version__).base_version)
+    if not Version(VLLM_AT_LEAST) <= installed < Version(VLLM_BELOW):
+        yield (
+            f"vLLM {vllm.__version__} is installed; install vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}"
+        )
+
+    device = current_platform.device_type
+    if device not in HEAD_SIZES:
+        yield f"it runs on CPUs and NVIDIA GPUs, not on {device}; {OTHER_BACKEND}"
+        return
+
+    from vllm_quest import extension
+
+    if missing := extension.why_missing(device):
+        yield missing
+
+    model = vllm_config.model_config
+    if model is not None:
+        if model.use_mla:
+            yield f"the model uses MLA (multi-head latent attention); {OTHER_BACKEND}"
+        elif model.is_encoder_decoder:
+            yield f"the model is an encoder-decoder; {OTHER_BACKEND}"
+        elif model.runner_type == "pooling":
+            yield f"pooling models do not decode; {OTHER_BACKEND}"
+        else:
+            yield from _shape_reasons(model.get_head_size(), model.dtype, device)
+
+    cache = vllm_config.cache_config
+    yield from _cache_dtype_reasons(cache.cache_dtype)
+    if cache.block_size is not None and cache.block_size % quest.page_size != 0:
+        yield (
+            f"additional_config['quest']['page_size'] is {quest.page_size}, which does not divide "
+            f"vLLM's block size of {cache.block_size}; set page_size to a divisor, or --block-size "
+            "to a multiple"
+        )
+
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield (
+            "context parallelism splits a request's pages over GPUs; remove "
+            "--decode-context-parallel-size and --prefill-context-parallel-size"
+        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.is_kv_transfer_instance:
+        yield (
+            f"the KV connector {transfer.kv_connector} is not known to carry bounds; remove "
+            "--kv-transfer-config and --kv-offloading-size"
+        )
+
+
+def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
+    """Why QUEST cannot run a layer with these properties; nothing if it can."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backend import AttentionType
+
+    if selector.use_mla or selector.use_sparse:
+        yield f"the model uses MLA or a sparse attention of its own; {OTHER_BACKEND}"
+    if selector.attn_type != AttentionType.DECODER:
+        yield f"it attends with an encoder ({selector.attn_type}); {OTHER_BACKEND}"
+    if selector.has_sink:
+        yield f"the model has attention sinks; {OTHER_BACKEND}"
+    if selector.use_mm_prefix or selector.use_non_causal:
+        yield f"the model attends to later tokens (not causal); {OTHER_BACKEND}"
+    if selector.use_rswa:
+        yield f"the model uses reference sliding-window attention; {OTHER_BACKEND}"
+    if selector.use_per_head_quant_scales:
+        yield f"the model scales keys and values per head (quantised KV cache); {OTHER_BACKEND}"
+    if selector.use_batch_invariant:
+        yield f"VLLM_BATCH_INVARIANT is set; unset it, or {OTHER_BACKEND}"
+    if selector.use_kv_connector:
+        yield "a KV connector is configured; remove --kv-transfer-config"
+    if selector.use_pcp or selector.use_dcp:
+        yield "context parallelism is configured; remove it"
+    yield from _shape_reasons(selector.head_size, selector.dtype, current_platform.device_type)
+    yield from _cache_dtype_reasons(selector.kv_cache_dtype or "auto")
+
+
+def _shape_reasons(head_size: int, dtype: torch.dtype, device: str) -> Iterator[str]:
+    if head_size not in HEAD_SIZES[device]:
+        allowed = ", ".join(map(str, HEAD_SIZES[device]))
+        yield f"its head size is {head_size}; supported on {device}: {allowed}; {OTHER_BACKEND}"
+    if dtype not in DTYPES[device]:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[device])
+        yield f"its dtype is {dtype}; set --dtype to one of {allowed}"
+
+
+def _cache_dtype_reasons(cache_dtype: str) -> Iterator[str]:
+    if cache_dtype not in KV_CACHE_DTYPES:
+        yield (
+            f"--kv-cache-dtype is {cache_dtype}; quantised KV caches are not supported yet: "
+            "remove it"
+        )
