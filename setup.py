@@ -7,6 +7,7 @@ only PyTorch's stable ABI, so one build serves every later PyTorch and Python.
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest whose stable ABI has all we use
-CPU_STAGES = ("write_kv", "score", "select", "sparse_decode")
+STAGES = ("write_kv", "score", "select", "sparse_decode")
+CUDA_ARCHS = os.environ.get("QUEST_CUDA_ARCHS", "80 86 89 90 100 120").split()  # the last also PTX
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Unit:
 
     def compile(self, build_dir: Path) -> str:
         output = build_dir / self.variant / self.source.with_suffix(".o")
-        inputs = [ROOT / "setup.py", *(path for path in (ROOT / CSRC).rglob("*") if path.is_file())]
+        inputs = [ROOT / "setup.py", ROOT / self.source, *(ROOT / CSRC).rglob("*.*h")]
         newest_input = max(path.stat().st_mtime for path in inputs)
         if not output.exists() or output.stat().st_mtime < newest_input:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +44,11 @@ class Unit:
 
 
 class NativeExtension(Extension):
-    def __init__(self, name: str, units: list[Unit]) -> None:
+    def __init__(self, name: str, units: list[Unit], link_flags: tuple[str, ...]) -> None:
         self.units = units
+        self.link_flags = link_flags
         sources = sorted({str(unit.source) for unit in units})
-        headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / CSRC).rglob("*.h"))]
+        headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / CSRC).rglob("*.*h"))]
         super().__init__(name, sources, depends=headers, language="c++", py_limited_api=True)
 
 
@@ -58,8 +61,8 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=["torch_cpu"],
             library_dirs=[str(torch_lib)],
+            extra_postargs=list(ext.link_flags),
             target_lang="c++",
         )
 
@@ -91,7 +94,7 @@ def cpu_extension() -> NativeExtension:
         *("-fno-math-errno", "-fno-trapping-math"),
         *os.environ.get("CXXFLAGS", "").split(),
     )
-    variants = {"baseline": ()}
+    variants: dict[str, tuple[str, ...]] = {"baseline": ()}
     if platform.machine() in ("x86_64", "AMD64"):
         variants["x86_64_v3"] = ("-march=x86-64-v3",)
         variants["x86_64_v4"] = ("-march=x86-64-v4",)
@@ -100,13 +103,57 @@ def cpu_extension() -> NativeExtension:
     units += [
         Unit(CSRC / "cpu" / f"{stage}.cpp", isa, (*compiler, *flags, f"-DQUEST_ISA={isa}"))
         for isa, flags in variants.items()
-        for stage in CPU_STAGES
+        for stage in STAGES
     ]
-    return NativeExtension("vllm_quest._C", units)
+    return NativeExtension("vllm_quest._C", units, ("-ltorch_cpu",))
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit of $CUDA_HOME, or else of the nvcc on the PATH; None without either."""
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME")
+    if home is None and nvcc is not None:
+        home = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+        ).stderr.partition("#$ TOP=")[2]
+    return None if home is None else Path(home.splitlines()[0]).resolve()
+
+
+def cuda_extension(home: Path) -> NativeExtension:
+    """The GPU operators. They also link on a machine whose PyTorch is for CPUs."""
+    host = (
+        *os.environ.get("CXX", "c++").split(),
+        *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden"),
+        *(f"-isystem{home / 'include'}", "-DUSE_CUDA"),
+        f'-DQUEST_CUDA_ARCHS="{" ".join(CUDA_ARCHS)}+PTX"',
+        *torch_flags(),
+    )
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+    ptx = f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"
+    device = (
+        *(str(home / "bin" / "nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+        *(*archs, ptx),
+    )
+    units = [Unit(CSRC / "cuda" / f"{stage}.cu", "cuda", device) for stage in STAGES]
+    units.append(Unit(CSRC / "cuda" / "bindings.cpp", "cuda", host))
+    return NativeExtension(
+        "vllm_quest._C_cuda",
+        units,
+        # libtorch brings in its CUDA part, where the current stream is found.
+        (
+            *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
+            *(f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"),
+        ),
+    )
+
+
+def extensions() -> list[NativeExtension]:
+    home = cuda_home()
+    return [cpu_extension()] if home is None else [cpu_extension(), cuda_extension(home)]
 
 
 setup(
-    ext_modules=[cpu_extension()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -19,8 +19,9 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from report import print_machine, print_table, write_json
 from tqdm import tqdm
+
+from report import print_machine, print_table, write_json
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -99,9 +100,10 @@ def main() -> None:
 
     print_machine()
     engines = variants(arguments.budget)
-    with tempfile.TemporaryDirectory() as folder, tqdm(
-        total=len(engines) * len(arguments.contexts), unit="run"
-    ) as progress:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=len(engines) * len(arguments.contexts), unit="run") as progress,
+    ):
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         measured = {
             name: measure(folder, options, arguments.contexts, arguments.tokens, progress)

@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 namespace quest {
 namespace {
@@ -108,7 +110,8 @@ void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets,
 
 void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                    const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
-                   int64_t page_size, double scale, double soft_cap, const Tensor& out) {
+                   int64_t page_size, double scale, double soft_cap, const Tensor& out,
+                   const std::optional<Tensor>& /* workspace: GPUs need one */) {
   const Sizes sizes = check_sparse_decode(Device::kCpu, query, kv_cache, block_table, seq_lens,
                                           budgets, pages, page_size, out);
   check_rows("sparse_decode", seq_lens, budgets, sizes, true);
@@ -148,7 +151,7 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
   library.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, Tensor pages, int page_size, float scale, float soft_cap, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor(b!)? workspace=None) -> ()");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");
   library.def("use_cpu_isa(str isa) -> ()");

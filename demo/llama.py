@@ -109,12 +109,12 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Draw new weights. What a layer adds to the stream shrinks with the number of layers."""
+        """Draw new weights: a stream of unit size, to which all layers together add as much."""
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 nn.init.ones_(weight)
                 continue
-            std = self.shape.hidden**-0.5
+            std = 1.0 if name == "model.embed_tokens.weight" else self.shape.hidden**-0.5
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std = (2 * self.shape.layers * weight.shape[1]) ** -0.5
             nn.init.normal_(weight, std=std, generator=generator)

@@ -3,10 +3,11 @@
     python demo/train.py --out vllm_quest/demo_model --minutes 7
 
 Only answers are trained on. The texts grow from 128 tokens to 38K: the next length comes when the
-model answers right at the present one. About seven minutes on an H100; hours on a CPU.
+model answers right at the present one. Seven minutes on an H100; hours on a CPU.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import time
@@ -218,18 +219,21 @@ def main() -> None:
         max_length=args.max_length,
         seed=args.seed,
     )
-    records = []
-    with tqdm(total=round(args.minutes * 60), unit="s", mininterval=5) as bar:
+    with (
+        contextlib.nullcontext() if args.log is None else args.log.open("w") as log,
+        tqdm(total=round(args.minutes * 60), unit="s", mininterval=5) as bar,
+    ):
         for record in trainer.run():
-            records.append(record)
+            if log:
+                log.write(json.dumps(record) + "\n")
+            if record["stage_steps"] == 1 or "validation_accuracy" in record:
+                bar.write(json.dumps(record))
             bar.set_description(
                 f"step {record['steps']:.0f}, {record['length']:.0f} tokens, "
                 f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}",
                 refresh=False,
             )
-            bar.update(record["seconds"] - bar.n)
-    if args.log:
-        args.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+            bar.update(round(record["seconds"]) - bar.n)
 
     checkpoint.check(args.out)
     lengths = [length for length in EVALUATION_LENGTHS if length <= args.max_length]

@@ -68,14 +68,16 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[TokensPrompt]:
 def engine(
     model: str, backend: str = "QUEST", quest: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[LLM]:
-    """Run an engine in this process."""
+    """Run an engine in this process; a model with random weights in fp32, which leaves no ties."""
+    has_tokenizer = (Path(model) / "tokenizer.json").exists()
     defaults: dict[str, Any] = {
         "attention_backend": backend,
         "additional_config": {"quest": quest or {}} if backend == "QUEST" else {},
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 28,
         "disable_log_stats": False,
-        "skip_tokenizer_init": not (Path(model) / "tokenizer.json").exists(),
+        "skip_tokenizer_init": not has_tokenizer,
+        "dtype": "auto" if has_tokenizer else "float32",
         "load_format": "auto" if (Path(model) / "model.safetensors").exists() else "dummy",
     }
     llm = LLM(model, **(defaults | options))
@@ -112,5 +114,3 @@ def token_ids(
 def counter(llm: LLM, name: str) -> int:
     """Value of one of vLLM's own counters."""
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
-
-

@@ -1,13 +1,16 @@
-"""QUEST inside vLLM, offline: the batches that vLLM makes give the answers that dense attention gives.
+"""QUEST inside vLLM, offline: whatever batches vLLM makes, the answers are right.
 
 With a budget that covers the context QUEST must answer as CPU_ATTN does, token for token. Random
 weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
 """
 
+import importlib
 import random
+import sys
 
 import pytest
 import torch
+
 from engines import (
     counter,
     engine,
@@ -33,7 +36,7 @@ def model(tmp_path_factory):
 SHAPES = {
     "grouped": {},
     "one query head per KV head": {"num_key_value_heads": 4},
-    "three query heads per KV head": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "three query heads per KV head": {"hidden_size": 384, "num_attention_heads": 6},
     "head size 80": {"head_dim": 80},
     "head size 96": {"head_dim": 96},
     "head size 128": {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -44,6 +47,7 @@ SHAPES = {
         "attn_logit_softcapping": 20.0,
         "final_logit_softcapping": None,
         "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
         "sliding_window": 64,
         "hidden_activation": "gelu_pytorch_tanh",
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -98,7 +102,7 @@ def test_hundreds_of_requests_of_very_different_lengths(model):
 def test_a_preemption_storm_loses_nothing(model):
     prompts = random_prompts([200 + 10 * i for i in range(24)])
     dense = generate(model, prompts, greedy(150), backend="CPU_ATTN")
-    with engine(model, quest=COVERING, num_gpu_blocks_override=24) as llm:
+    with engine(model, quest=COVERING, num_gpu_blocks_override=24, max_model_len=1024) as llm:
         assert token_ids(llm, prompts, greedy(150)) == dense
         assert counter(llm, "vllm:num_preemptions") > 0
 
@@ -109,7 +113,7 @@ def test_sparse_answers_survive_a_preemption_storm(model):
     sparse = {"token_budget": 64, "dense_layers": 1}
     runs = []
     for _ in range(2):
-        with engine(model, quest=sparse, num_gpu_blocks_override=24) as llm:
+        with engine(model, quest=sparse, num_gpu_blocks_override=24, max_model_len=1024) as llm:
             runs.append(token_ids(llm, prompts, greedy(150)))
             assert counter(llm, "vllm:num_preemptions") > 0
     assert runs[0] == runs[1]
@@ -141,7 +145,11 @@ def test_one_token_ends_of_prompts_are_prefill(model):
     assert whole == cut == dense
 
 
-def test_speculative_tokens_are_rows(model):
+def test_speculative_tokens_are_rows(model, monkeypatch):
+    # vLLM 0.32 trips over an attribute of this module when it speculates on a CPU
+    # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan.
+    importlib.import_module("numba")
+    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi")
     prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     for quest in (COVERING, {"token_budget": 64, "dense_layers": 0}):

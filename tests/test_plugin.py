@@ -7,9 +7,9 @@ import sys
 
 import cloudpickle
 import pytest
-from engines import generate, greedy, random_prompts, write_model
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from engines import generate, greedy, random_prompts, write_model
 from vllm_quest import plugin
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import vllm
+
 from engines import engine, write_model
 
 MLA = {
@@ -14,7 +15,8 @@ MLA = {
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
-    "n_routed_experts": None,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 64,
     "first_k_dense_replace": 3,
 }
 ALIBI = {
@@ -53,9 +55,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "attention sinks": (SINKS, {"dtype": "bfloat16"}, ["sinks", "--attention-backend"]),
     "encoder": (ENCODER, {}, ["pooling", "--attention-backend"]),
     "KV connector": ({}, CONNECTOR, ["ExampleConnector", "--kv-transfer-config"]),
-    "KV offloading": ({}, {"kv_offloading_size": 1}, ["connector", "--kv-offloading-size"]),
+    "KV offloading": ({}, {"kv_offloading_size": 1}, ["offloading", "--kv-offloading-size"]),
     "context parallelism": (
-        {},
+        {"num_key_value_heads": 1},
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         ["--decode-context-parallel-size"],
     ),

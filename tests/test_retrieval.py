@@ -1,8 +1,8 @@
-"""The bundled model finds its pass keys through QUEST's pages, and not through as many recent ones."""
+"""The bundled model finds its pass keys through QUEST's pages, not through as many recent ones."""
 
 import pytest
-from engines import engine, greedy, token_ids
 
+from engines import engine, greedy, token_ids
 from vllm_quest import ops
 from vllm_quest.pass_keys import make_haystack
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from engines import write_model
 
+from engines import write_model
 from vllm_quest.pass_keys import make_haystack
 
 START_LIMIT_S = 180

@@ -11,7 +11,7 @@ Five things stand between that wheel and a working installation:
   must match torch's build exactly;
 * the tag in `WHEEL` contradicts the file name.
 
-The script renames, edits `METADATA` and `WHEEL`, and writes a new `RECORD`. Code is copied as it is.
+The script renames, edits `METADATA` and `WHEEL`, and writes a new `RECORD`. Code stays as it is.
 It can go when vLLM publishes a CPU wheel under its own name. Standard library only.
 """
 

@@ -83,14 +83,12 @@ def _operators() -> list[Finding]:
     from vllm_quest import extension
 
     devices = ["cpu", "cuda"] if current_platform.is_cuda() else ["cpu"]
-    return [
-        Finding(
-            f"operators for {device}",
-            "missing" if (missing := extension.why_missing(device)) else ops.compiled_for(device),
-            missing,
-        )
-        for device in devices
-    ]
+    findings = []
+    for device in devices:
+        missing = extension.why_missing(device)
+        found = "missing" if missing else extension.compiled_for(device)
+        findings.append(Finding(f"operators for {device}", found, missing))
+    return findings
 
 
 def _registration() -> Finding:

@@ -3,10 +3,14 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
 
 SECTION = "quest"
 UNLIMITED = -1
@@ -92,9 +96,9 @@ class QuestConfig:
         vllm_config = get_current_vllm_config_or_none()
         return cls._active if vllm_config is None else cls.from_vllm(vllm_config)
 
-    def pages(self, token_budget: int) -> int:
-        """The pages that a budget in tokens buys, rounded up; UNLIMITED is not a valid budget."""
-        return -(-token_budget // self.page_size)
+    def pages(self, num_tokens: Tokens) -> Tokens:
+        """The pages that hold so many tokens, rounded up; one number or an array of them."""
+        return -(-num_tokens // self.page_size)
 
 
 QuestConfig._active = QuestConfig()

@@ -36,4 +36,11 @@ def load(device: str) -> None:
     """
     if device != "cpu":
         load("cpu")
-    torch.ops.load_library(str(library(device)))
+    torch.ops.load_library(str(library(device)))  # type: ignore[no-untyped-call]
+
+
+def compiled_for(device: str) -> str:
+    """The instruction sets (CPU: those this machine can run) that the operators hold code for."""
+    load(device)
+    isas = torch.ops.vllm_quest.cpu_isas if device == "cpu" else torch.ops.vllm_quest.cuda_archs
+    return str(isas())

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_quest import dense_cpu, kv_page, ops
+from vllm_quest import kv_page, ops
 from vllm_quest.config import QuestConfig
-from vllm_quest.metadata import DecodeRows, QuestMetadata
+from vllm_quest.decode_rows import DecodeRows
+from vllm_quest.metadata import QuestMetadata
+from vllm_quest.platforms import this_platform
 from vllm_quest.support import OTHER_BACKEND
 
 
@@ -39,20 +41,24 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
         self._is_dense_layer: bool | None = None
-        self.windowed = None
-        if sliding_window is not None:
-            self.windowed = dense_cpu.PlatformImpl(
-                num_heads,
-                head_size,
-                scale,
-                self.num_kv_heads,
-                alibi_slopes,
-                sliding_window,
-                kv_cache_dtype,
-                logits_soft_cap,
-                attn_type,
-                kv_sharing_target_layer_name,
-            )
+        self.has_window = sliding_window is not None
+        self.platform = this_platform()
+        self.dense = self.platform.DenseImpl(
+            num_heads,
+            head_size,
+            scale,
+            self.num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+        )
+
+    def get_impl_variants(self) -> tuple[AttentionImpl[Any], ...]:
+        """FLASH_ATTN's metadata builder asks for the windows of its layers here."""
+        return (self, self.dense)
 
     def do_kv_cache_update(
         self,
@@ -63,8 +69,8 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         slot_mapping: Tensor,
     ) -> None:
         """Store keys and values, and renew the bounds of the pages they fall into."""
-        if self.windowed is not None:
-            self.windowed.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.has_window:
+            self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         else:
             ops.write_kv(key, value, kv_cache, slot_mapping, self.quest.page_size)
 
@@ -100,22 +106,22 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             raise NotImplementedError("QUEST does not quantise its output")
         if attn_metadata is None:
             return output.zero_()
-        if self.windowed is not None:
-            return self.windowed.forward(
-                layer, query, key, value, kv_cache, attn_metadata.platform, output
-            )
+        if self.has_window:
+            windowed = attn_metadata.windowed
+            self.dense.forward(layer, query, key, value, kv_cache, windowed, output)
+            return output
         num_rows, num_tokens = attn_metadata.num_decode_rows, attn_metadata.num_actual_tokens
         if attn_metadata.rows is not None:
             self._decode(layer, query[:num_rows], kv_cache, attn_metadata.rows, output[:num_rows])
         if attn_metadata.prefill is not None:
-            dense_cpu.prefill(
+            tokens = kv_page.block_tokens(kv_cache, self.quest.page_size)
+            self.platform.attend_prefill(
+                self.dense,
+                layer,
                 query[num_rows:num_tokens],
-                kv_cache,
+                kv_cache[:, :, :tokens],
                 attn_metadata.prefill,
-                block_tokens=kv_page.block_tokens(kv_cache, self.quest.page_size),
-                scale=self.scale,
-                soft_cap=self.soft_cap,
-                output=output[num_rows:num_tokens],
+                output[num_rows:num_tokens],
             )
         return output
 
@@ -128,23 +134,28 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         output: Tensor,  # [num_rows, num_heads, head_size]
     ) -> None:
         page_size = self.quest.page_size
-        table, seq_lens = rows.block_table, rows.seq_lens
-        budgets = rows.unlimited if self._is_dense(layer) else rows.budgets
-        if rows.any_sparse and budgets is rows.budgets:
-            ops.score(query, kv_cache, table, seq_lens, budgets, page_size, rows.scores)
-            ops.select(rows.scores, seq_lens, budgets, page_size, rows.pages)
-        ops.sparse_decode(
-            query,
-            kv_cache,
-            table,
-            seq_lens,
-            budgets,
-            rows.pages,
-            page_size,
-            self.scale,
-            self.soft_cap,
-            output,
-        )
+        is_dense = self._is_dense(layer)
+        for part in rows.passes():
+            table, seq_lens = rows.block_table[part], rows.seq_lens[part]
+            budgets = (rows.unlimited if is_dense else rows.budgets)[part]
+            num_rows = len(seq_lens)
+            scores, pages = rows.scores[:num_rows], rows.pages[:num_rows]
+            if rows.any_sparse and not is_dense:
+                ops.score(query[part], kv_cache, table, seq_lens, budgets, page_size, scores)
+                ops.select(scores, seq_lens, budgets, page_size, pages)
+            ops.sparse_decode(
+                query[part],
+                kv_cache,
+                table,
+                seq_lens,
+                budgets,
+                pages,
+                page_size,
+                self.scale,
+                self.soft_cap,
+                output[part],
+                rows.workspace,
+            )
 
     def _is_dense(self, layer: Any) -> bool:
         """Whether the layer is one of the first `dense_layers`; its name has its number."""

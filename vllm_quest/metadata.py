@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -17,34 +17,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
-from vllm_quest.dense_cpu import DensePrefill, plan_prefill, platform_builder
+from vllm_quest.decode_rows import DecodeRows, Decodes
 from vllm_quest.ops import UNLIMITED_PAGES
-
-
-@dataclass
-class DecodeRows:
-    """The batch's decode rows: one query token each, first in the batch."""
-
-    seq_lens: Tensor
-    """[num_rows] int32, tokens up to and including the row's own."""
-
-    block_table: Tensor
-    """[num_rows, max_blocks] int32."""
-
-    budgets: Tensor
-    """[num_rows] int32, pages; UNLIMITED_PAGES for rows that must be dense."""
-
-    unlimited: Tensor
-    """[num_rows] int32, all UNLIMITED_PAGES: the budgets in dense layers."""
-
-    any_sparse: bool
-    """Whether some row exceeds its budget."""
-
-    scores: Tensor
-    """[num_rows, num_kv_heads, max_pages] fp32 scratch."""
-
-    pages: Tensor
-    """[num_rows, num_kv_heads, max_selected] int32 scratch."""
+from vllm_quest.platforms import this_platform
 
 
 @dataclass
@@ -60,10 +35,12 @@ class QuestMetadata(AttentionMetadata):
     num_decode_rows: int
 
     rows: DecodeRows | None = None
-    prefill: DensePrefill | None = None
 
-    platform: Any = None
-    """The platform backend's metadata, for layers with a sliding window."""
+    prefill: Any = None
+    """The platform's plan for the prefills."""
+
+    windowed: Any = None
+    """The platform backend's own metadata, for layers with a sliding window."""
 
 
 class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
@@ -82,25 +59,34 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         self.quest = QuestConfig.from_vllm(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        self.has_quest_layers = any(layer.sliding_window is None for layer in layers)
-        has_windows = any(layer.sliding_window is not None for layer in layers)
-        self.platform_builder = (
-            platform_builder(kv_cache_spec, layer_names, vllm_config, device)
-            if has_windows
-            else None
-        )
-        if self.has_quest_layers:
-            if type(kv_cache_spec) is not FullAttentionSpec:
-                raise ValueError(
-                    f"QUEST expected full attention in layers {layer_names[0]}..., got "
-                    f"{type(kv_cache_spec).__name__}; choose another --attention-backend"
-                )
-            if kv_cache_spec.block_size % self.quest.page_size != 0:
-                raise ValueError(
-                    f"vLLM's block size is {kv_cache_spec.block_size}; expected a multiple of "
-                    f"QUEST's page_size, {self.quest.page_size}: set one of them"
-                )
-            self.block_tokens = kv_cache_spec.block_size
+        self.planner: Any = None
+        if any(layer.sliding_window is None for layer in layers):
+            self._check_spec(kv_cache_spec)
+            planner = this_platform().BatchPlanner
+            self.planner = planner(kv_cache_spec, layer_names, vllm_config, device)
+        self.windowed_builder: Any = None
+        if any(layer.sliding_window is not None for layer in layers):
+            builder = this_platform().DenseMetadataBuilder
+            self.windowed_builder = builder(kv_cache_spec, layer_names, vllm_config, device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Decode batches may be captured, also with several tokens per request."""
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def _check_spec(self, spec: AttentionSpec) -> None:
+        if type(spec) is not FullAttentionSpec:
+            raise ValueError(
+                f"QUEST expected full attention in layers {self.layer_names[0]}..., got "
+                f"{type(spec).__name__}; choose another --attention-backend"
+            )
+        if spec.block_size % self.quest.page_size != 0:
+            raise ValueError(
+                f"vLLM's block size is {spec.block_size}; expected a multiple of QUEST's "
+                f"page_size, {self.quest.page_size}: set one of them"
+            )
 
     def build(
         self,
@@ -110,92 +96,64 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
     ) -> QuestMetadata:
         batch = common_attn_metadata
         metadata = QuestMetadata(num_actual_tokens=batch.num_actual_tokens, num_decode_rows=0)
-        if self.platform_builder is not None:
-            metadata.platform = self.platform_builder.build(common_prefix_len, batch, fast_build)
-        if not self.has_quest_layers:
+        if self.windowed_builder is not None:
+            metadata.windowed = self.windowed_builder.build(common_prefix_len, batch, fast_build)
+        if self.planner is None:
             return metadata
         if batch.causal is not True:
             raise ValueError("QUEST attends causally; this batch does not")
 
-        num_decodes = self._num_decode_requests(batch)
         query_start = batch.query_start_loc_cpu.numpy()
+        query_lens, is_prefilling = np.diff(query_start), self._is_prefilling(batch)
+        num_decodes = self._num_decodes(query_lens, is_prefilling)
         metadata.num_decode_rows = int(query_start[num_decodes])
-        if metadata.num_decode_rows > 0:
-            metadata.rows = self._decode_rows(batch, num_decodes)
-        if metadata.num_decode_rows < batch.num_actual_tokens:
-            metadata.prefill = plan_prefill(
-                query_start_loc=batch.query_start_loc[num_decodes:] - query_start[num_decodes],
-                seq_lens=batch.seq_lens[num_decodes:],
-                block_table=batch.block_table_tensor[num_decodes:],
-                block_tokens=self.block_tokens,
-                num_heads=self._num_heads(),
-                spec=self.kv_cache_spec,
+        if num_decodes > 0:
+            decodes = Decodes(
+                query_lens[:num_decodes], self._budgets(batch, is_prefilling[:num_decodes])
             )
+            metadata.rows = self.planner.decode_rows(batch, decodes)
+        if num_decodes < len(query_lens):
+            metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
         return metadata
 
-    def _num_heads(self) -> int:
-        config = self.vllm_config
-        return config.model_config.get_num_attention_heads(config.parallel_config)
+    def _is_prefilling(self, batch: CommonAttentionMetadata) -> np.ndarray:
+        """[num_requests] bool; a batch padded for a CUDA graph has requests past vLLM's list."""
+        is_prefilling = np.zeros(batch.num_reqs, dtype=bool)
+        if batch.is_prefilling is not None:
+            known = batch.is_prefilling.numpy()[: batch.num_reqs]
+            is_prefilling[: len(known)] = known
+        return is_prefilling
 
-    def _num_decode_requests(self, batch: CommonAttentionMetadata) -> int:
-        """Count the requests at the front that are handled token by token.
+    def _num_decodes(self, query_lens: np.ndarray, is_prefilling: np.ndarray) -> int:
+        """Count the requests at the front that are handled row by row.
 
-        They are decodes (with the drafts to be verified, if any), and one-token ends of prompts.
+        They are decodes (with the drafts to be verified, if any), one-token ends of prompts, and
+        padding.
 
         Raises:
             RuntimeError: vLLM put a decode behind a prefill, where it would be attended in full.
         """
-        assert batch.is_prefilling is not None
-        query_lens = np.diff(batch.query_start_loc_cpu.numpy())
-        prefilling = batch.is_prefilling.numpy()[: len(query_lens)]
-        is_decode = ~prefilling & (query_lens <= self.reorder_batch_threshold)
+        is_decode = ~is_prefilling & (query_lens <= self.reorder_batch_threshold)
         in_rows = is_decode | (query_lens <= 1)
         num_decodes = len(in_rows) if in_rows.all() else int(in_rows.argmin())
-        if is_decode[num_decodes:].any():
+        if (is_decode & (query_lens > 0))[num_decodes:].any():
             raise RuntimeError(
                 f"vLLM's batch has decodes behind prefills (query lengths {query_lens.tolist()}, "
-                f"prefilling {prefilling.tolist()}); QUEST needs decodes first"
+                f"prefilling {is_prefilling.tolist()}); QUEST needs decodes first"
             )
         return num_decodes
 
-    def _decode_rows(self, batch: CommonAttentionMetadata, num_decodes: int) -> DecodeRows:
-        query_lens = np.diff(batch.query_start_loc_cpu.numpy()[: num_decodes + 1])
-        seq_lens = batch.seq_lens[:num_decodes]
-        block_table = batch.block_table_tensor[:num_decodes]
-        budgets = self._budget_pages(batch, num_decodes)
-        if (query_lens != 1).any():
-            # Several tokens of one request: a row each, which sees the tokens up to itself.
-            request = torch.from_numpy(np.repeat(np.arange(num_decodes), query_lens))
-            tokens_after = np.concatenate([np.arange(n)[::-1] for n in query_lens])
-            seq_lens = seq_lens[request] - torch.from_numpy(tokens_after.astype(np.int32))
-            block_table = block_table[request]
-            budgets = np.repeat(budgets, query_lens)
-
-        num_pages = -(-seq_lens.numpy() // self.quest.page_size)
-        is_sparse = num_pages > budgets
-        max_pages = block_table.shape[1] * self.block_tokens // self.quest.page_size
-        max_selected = int(budgets[is_sparse].max(initial=0))
-        num_rows, num_kv_heads = len(budgets), self.kv_cache_spec.num_kv_heads
-        return DecodeRows(
-            seq_lens=seq_lens,
-            block_table=block_table,
-            budgets=torch.from_numpy(budgets),
-            unlimited=torch.full((num_rows,), UNLIMITED_PAGES, dtype=torch.int32),
-            any_sparse=bool(is_sparse.any()),
-            scores=torch.empty(num_rows, num_kv_heads, max_pages),
-            pages=torch.empty(num_rows, num_kv_heads, max_selected, dtype=torch.int32),
-        )
-
-    def _budget_pages(self, batch: CommonAttentionMetadata, num_decodes: int) -> np.ndarray:
-        """Each request's budget in pages, `[num_decodes]` int32: its own, or the server's."""
-        tokens = np.full(num_decodes, self.quest.token_budget, dtype=np.int64)
+    def _budgets(self, batch: CommonAttentionMetadata, is_prefilling: np.ndarray) -> np.ndarray:
+        """Each request's budget, its own or the server's: `[num_requests]` int32, pages."""
+        num_requests = len(is_prefilling)
+        tokens = np.full(num_requests, self.quest.token_budget, dtype=np.int64)
         table = QuestBudgets.table(self.vllm_config)
         if table is not None:
             # The V1 runner has its slots in batch order; V2 says which row is which.
-            slots = slice(num_decodes) if batch.req_idx is None else batch.req_idx[:num_decodes]
-            own = table[slots]
-            tokens = np.where(own == SERVER_DEFAULT, tokens, own)
-        pages = self.quest.pages(tokens)
-        assert batch.is_prefilling is not None
-        is_dense = (tokens == UNLIMITED) | batch.is_prefilling.numpy()[:num_decodes]
-        return np.where(is_dense, UNLIMITED_PAGES, pages).astype(np.int32)
+            if batch.req_idx is None:
+                own = table[:num_requests]
+            else:
+                own = table[batch.req_idx[:num_requests]]
+            tokens[: len(own)] = np.where(own == SERVER_DEFAULT, tokens[: len(own)], own)
+        is_dense = is_prefilling | (tokens == UNLIMITED)
+        return np.where(is_dense, UNLIMITED_PAGES, self.quest.pages(tokens)).astype(np.int32)

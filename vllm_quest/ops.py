@@ -27,7 +27,7 @@ from torch import Tensor
 from vllm_quest import extension
 
 for _device in extension.LIBRARIES:
-    if extension.library(_device).exists():
+    if extension.library(_device).exists() and (_device == "cpu" or torch.version.cuda):
         extension.load(_device)
 
 UNLIMITED_PAGES = torch.iinfo(torch.int32).max
@@ -108,6 +108,7 @@ def sparse_decode(
     scale: float,
     soft_cap: float,
     out: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
     """Attend to the selected pages, or to all of a row that fits its budget.
 
@@ -122,7 +123,31 @@ def sparse_decode(
         scale: factor of q·k.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
         out: `[num_rows, num_heads, head_size]`, dtype of the query.
+        workspace: from `decode_workspace`; the CPU needs none.
     """
     torch.ops.vllm_quest.sparse_decode(
-        query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale, soft_cap, out
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        budgets,
+        pages,
+        page_size,
+        scale,
+        soft_cap,
+        out,
+        workspace,
     )
+
+
+def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:
+    """Make what `sparse_decode` needs on a device to merge its partial results; None on the CPU.
+
+    Launches that can overlap need one each. Make it before a CUDA graph is captured: it must hold
+    zeros before its first use, and does after every use.
+    """
+    if device.type == "cpu":
+        return None
+    with torch.cuda.device(device):
+        size: int = torch.ops.vllm_quest.decode_workspace_size(group_size, head_size)
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -51,7 +51,7 @@ def _make_picklable(member: "AttentionBackendEnum") -> None:
     def reduce(protocol: int) -> tuple[Any, tuple[()]]:
         return load_member, ()
 
-    member.__reduce_ex__ = reduce  # type: ignore[method-assign]
+    member.__reduce_ex__ = reduce
 
 
 def _wrap_platform() -> None:
@@ -79,7 +79,7 @@ def _wrap_platform() -> None:
     @functools.wraps(get_backend)
     def get_attn_backend_cls(
         selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
+    ) -> Any:
         if selected_backend is None or selected_backend.name != NAME:
             return get_backend(selected_backend, attn_selector_config, num_heads)
         from vllm_quest.support import refuse_layer
@@ -87,6 +87,6 @@ def _wrap_platform() -> None:
         refuse_layer(attn_selector_config)
         return BACKEND_PATH
 
-    platform.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore
+    platform.check_and_update_config = staticmethod(check_and_update_config)
     if current_platform.is_cpu():
-        platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)  # type: ignore
+        platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)

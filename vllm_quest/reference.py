@@ -53,9 +53,7 @@ def write_kv(
         update_bounds(kv_cache, block, page, token_of_page + 1, page_size)
 
 
-def update_bounds(
-    kv_cache: Tensor, block: int, page: int, num_tokens: int, page_size: int
-) -> None:
+def update_bounds(kv_cache: Tensor, block: int, page: int, num_tokens: int, page_size: int) -> None:
     """Recompute the bounds of a block's page over its first `num_tokens` keys."""
     block_tokens = tokens_per_block(kv_cache, page_size)
     head_size = kv_cache.shape[3] // 2
@@ -141,7 +139,7 @@ def sparse_decode(
 
 
 def attend(query: Tensor, keys_values: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """Softmax attention of `[group_size, head_size]` over `[num_tokens, 2 * head_size]`, in fp64."""
+    """Softmax of `[group_size, head_size]` over `[num_tokens, 2 * head_size]`, in fp64."""
     key, value = keys_values.to(DTYPE).chunk(2, dim=-1)
     logits = query.to(DTYPE) @ key.T * scale
     if soft_cap > 0:

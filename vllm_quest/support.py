@@ -53,9 +53,7 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
 
     installed = Version(Version(vllm.__version__).base_version)
     if not Version(VLLM_AT_LEAST) <= installed < Version(VLLM_BELOW):
-        yield (
-            f"vLLM {vllm.__version__} is installed; install vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}"
-        )
+        yield (f"vLLM {vllm.__version__} is installed; install vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}")
 
     device = current_platform.device_type
     if device not in HEAD_SIZES:
@@ -93,11 +91,13 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             "context parallelism splits a request's pages over GPUs; remove "
             "--decode-context-parallel-size and --prefill-context-parallel-size"
         )
+    if cache.kv_offloading_size is not None:
+        yield "KV offloading is not known to carry bounds; remove --kv-offloading-size"
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.is_kv_transfer_instance:
         yield (
             f"the KV connector {transfer.kv_connector} is not known to carry bounds; remove "
-            "--kv-transfer-config and --kv-offloading-size"
+            "--kv-transfer-config"
         )
 
 

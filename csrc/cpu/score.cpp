@@ -11,7 +11,8 @@ namespace QUEST_ISA {
 namespace {
 
 constexpr int kTaskPages = 64;
-constexpr int kPrefetchPages = 8;
+constexpr int kPageTile = 2;
+constexpr int kPrefetchPages = 16;
 
 // The query heads of one KV head, split by sign, as floats.
 struct SignedQuery {
@@ -37,55 +38,68 @@ SignedQuery split_by_sign(const ScoreParams& p, int row, int kv_head) {
   return {positive, negative};
 }
 
-// The largest score among kHeads query heads, given the page's minimum | maximum.
-template <int kHeads, class T>
-float score_heads(const T* bounds, const float* positive, const float* negative, int head_size) {
-  Floats with_min[kHeads] = {}, with_max[kHeads] = {};
+// Raise each page's score to the largest among kHeads query heads.
+template <int kPages, int kHeads, class T>
+void score_heads(const T* bounds,  // [kPages, 2 * head_size] minimum | maximum
+                 const float* positive, const float* negative, int head_size, float* scores) {
+  Floats sums[kHeads][kPages] = {};
   for (int d = 0; d < head_size; d += kLanes) {
-    const Floats low = load(bounds + d);
-    const Floats high = load(bounds + head_size + d);
-    for (int head = 0; head < kHeads; ++head) {
-      with_min[head] += load(negative + head * head_size + d) * low;
-      with_max[head] += load(positive + head * head_size + d) * high;
+    for (int page = 0; page < kPages; ++page) {
+      const Floats low = load(bounds + page * 2 * head_size + d);
+      const Floats high = load(bounds + page * 2 * head_size + head_size + d);
+      for (int head = 0; head < kHeads; ++head) {
+        sums[head][page] += load(negative + head * head_size + d) * low;
+        sums[head][page] += load(positive + head * head_size + d) * high;
+      }
     }
   }
-  float best = sum(with_min[0] + with_max[0]);
-  for (int head = 1; head < kHeads; ++head) {
-    best = max_of(best, sum(with_min[head] + with_max[head]));
+  Floats best = sum_each(sums[0]);
+  for (int head = 1; head < kHeads; ++head) best = max_of(best, sum_each(sums[head]));
+  for (int page = 0; page < kPages; ++page) {
+    scores[page] = max_of(scores[page], best[page * (kLanes / kPages)]);
   }
-  return best;
 }
 
-template <class T>
-float score_page(const T* bounds, const SignedQuery& query, int group_size, int head_size) {
-  float best = -__builtin_inff();
+template <int kPages, class T>
+void score_group(const T* bounds, const SignedQuery& query, int group_size, int head_size,
+                 float* scores) {
+  for (int page = 0; page < kPages; ++page) scores[page] = -__builtin_inff();
   for_head_tiles(group_size, [&]<int kHeads>(int head) {
-    best = max_of(best, score_heads<kHeads>(bounds, query.positive + head * head_size,
-                                            query.negative + head * head_size, head_size));
+    score_heads<kPages, kHeads>(bounds, query.positive + head * head_size,
+                                query.negative + head * head_size, head_size, scores);
   });
-  return best;
 }
 
 template <class T>
 void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end) {
   const KvCache& cache = p.cache;
+  const int row_size = 2 * cache.head_size;
   const int pages_per_block = cache.block_tokens / cache.page_size;
+  const int num_blocks = div_up(div_up(p.rows.seq_lens[row], cache.page_size), pages_per_block);
   const int32_t* block_table = p.rows.block_table + row * p.rows.block_table_stride;
-  const auto bounds_of = [&](int page) {
-    return static_cast<const T*>(cache.data) +
-           block_table[page / pages_per_block] * cache.block_stride + kv_head * cache.head_stride +
-           static_cast<int64_t>(cache.block_tokens + page % pages_per_block) * 2 * cache.head_size;
-  };
-  const SignedQuery query = split_by_sign<T>(p, row, kv_head);
+  const T* head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride +
+                  static_cast<int64_t>(cache.block_tokens) * row_size;
   float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
-  const int num_pages = div_up(p.rows.seq_lens[row], cache.page_size);
-  const int bounds_bytes = 2 * cache.head_size * static_cast<int>(sizeof(T));
-  for (int page = begin; page < end; ++page) {
-    // Bounds of one block are contiguous, but blocks are scattered: fetch ahead.
-    if (page + kPrefetchPages < num_pages) {
-      prefetch(bounds_of(page + kPrefetchPages), bounds_bytes);
-    }
-    scores[page] = score_page(bounds_of(page), query, p.group_size, cache.head_size);
+  const SignedQuery query = split_by_sign<T>(p, row, kv_head);
+
+  int page = begin;
+  while (page < end) {
+    const int block = page / pages_per_block, first = page % pages_per_block;
+    const T* bounds = head + block_table[block] * cache.block_stride + first * row_size;
+    const int block_end = min_of((block + 1) * pages_per_block, end);
+    const int ahead = block + div_up(kPrefetchPages, pages_per_block);
+    const T* next = ahead < num_blocks ? head + block_table[ahead] * cache.block_stride : bounds;
+
+    // Bounds of a block are contiguous, but blocks are scattered: fetch a later one meanwhile.
+    const auto step = [&]<int kPages>() {
+      prefetch(next + page % pages_per_block * row_size,
+               kPages * row_size * static_cast<int>(sizeof(T)));
+      score_group<kPages>(bounds, query, p.group_size, cache.head_size, scores + page);
+      bounds += kPages * row_size;
+      page += kPages;
+    };
+    while (page + kPageTile <= block_end) step.template operator()<kPageTile>();
+    while (page < block_end) step.template operator()<1>();
   }
 }
 

@@ -92,23 +92,29 @@ class TokenRows {
 template <class T>
 struct Chunk {
   const T* rows[kChunkTokens];  // key | value of each token
-  int num_tokens = 0;
+  const T* next[kChunkTokens];  // what to fetch meanwhile: the next chunk's
+  int num_tokens;
 };
 
 template <int kTokens, int kHeads, class T>
-void dot(const T* const* rows, const float* query, int head_size, float* logits) {
-  Floats sums[kTokens][kHeads] = {};
+void dot(const T* const* rows, const T* const* next, const float* query, int head_size,
+         float* logits) {
+  constexpr int kPerHead = kTokens < kLanes ? kTokens : kLanes;
+  Floats sums[kHeads][kTokens] = {};
   for (int d = 0; d < head_size; d += kLanes) {
     for (int token = 0; token < kTokens; ++token) {
+      if (d * sizeof(T) % kLineBytes == 0) __builtin_prefetch(next[token] + d);
       const Floats key = load(rows[token] + d);
       for (int head = 0; head < kHeads; ++head) {
-        sums[token][head] += load(query + head * head_size + d) * key;
+        sums[head][token] += load(query + head * head_size + d) * key;
       }
     }
   }
-  for (int token = 0; token < kTokens; ++token) {
-    for (int head = 0; head < kHeads; ++head) {
-      logits[head * kChunkTokens + token] = sum(sums[token][head]);
+  for (int head = 0; head < kHeads; ++head) {
+    float lanes[kLanes];
+    store_unaligned(lanes, sum_each(sums[head]));
+    for (int token = 0; token < kTokens; ++token) {
+      logits[head * kChunkTokens + token] = lanes[token * (kLanes / kPerHead)];
     }
   }
 }
@@ -124,6 +130,7 @@ void add_values(const Chunk<T>& chunk, const float* weights, const float* rescal
   }
   for (int token = 0; token < chunk.num_tokens; ++token) {
     const T* row = chunk.rows[token] + head_size + d;
+    prefetch(chunk.next[token] + head_size + d, kVectors * kLanes * static_cast<int>(sizeof(T)));
     for (int i = 0; i < kVectors; ++i) {
       const Floats value = load(row + i * kLanes);
       for (int head = 0; head < kHeads; ++head) {
@@ -164,22 +171,19 @@ float soften(float* logits, int num_tokens, float soft_cap, float& max_log2, flo
 }
 
 template <int kHeads, class T>
-void attend_chunk(const Chunk<T>& chunk, const Chunk<T>& next, const float* query, int head_size,
-                  float soft_cap, const Partial& partial) {
+void attend_chunk(const Chunk<T>& chunk, const float* query, int head_size, float soft_cap,
+                  const Partial& partial) {
   alignas(64) float logits[kHeads * kChunkTokens] = {};
   float rescale[kHeads];
-  const int row_bytes = 2 * head_size * static_cast<int>(sizeof(T));
 
-  // Multiply queries and keys, while the next chunk is on its way.
+  // Multiply queries and keys.
   int token = 0;
   for (; token + kTokenTile <= chunk.num_tokens; token += kTokenTile) {
-    for (int i = token; i < min_of(token + kTokenTile, next.num_tokens); ++i) {
-      prefetch(next.rows[i], row_bytes);
-    }
-    dot<kTokenTile, kHeads>(chunk.rows + token, query, head_size, logits + token);
+    dot<kTokenTile, kHeads>(chunk.rows + token, chunk.next + token, query, head_size,
+                            logits + token);
   }
   for (; token < chunk.num_tokens; ++token) {
-    dot<1, kHeads>(chunk.rows + token, query, head_size, logits + token);
+    dot<1, kHeads>(chunk.rows + token, chunk.next + token, query, head_size, logits + token);
   }
 
   // Update the online softmax.
@@ -222,21 +226,19 @@ void attend_split(const SparseDecodeParams& p, int row, int kv_head, int begin, 
     partial.total[head] = 0;
   }
 
-  // Walk the chunks.
+  // Walk the chunks, each fetching the next.
   const TokenRows<T> token_rows(p, row, kv_head);
-  const auto find_chunk = [&](int first, Chunk<T>& chunk) {
-    chunk.num_tokens = first < end ? min_of(kChunkTokens, end - first) : 0;
-    token_rows.find(first, first + chunk.num_tokens, chunk.rows);
-  };
-  Chunk<T> chunks[2];
-  find_chunk(begin, chunks[0]);
-  for (int first = begin, i = 0; first < end; first += kChunkTokens, i ^= 1) {
-    find_chunk(first + kChunkTokens, chunks[i ^ 1]);
+  Chunk<T> chunk = {};
+  token_rows.find(begin, min_of(begin + kChunkTokens, end), chunk.next);
+  for (int first = begin; first < end; first += kChunkTokens) {
+    const int next = first + kChunkTokens;
+    chunk.num_tokens = min_of(kChunkTokens, end - first);
+    memcpy(chunk.rows, chunk.next, sizeof(chunk.rows));
+    if (next < end) token_rows.find(next, min_of(next + kChunkTokens, end), chunk.next);
     for_head_tiles(p.group_size, [&]<int kHeads>(int head) {
       const Partial tile = {partial.values + head * head_size, partial.max_log2 + head,
                             partial.total + head};
-      attend_chunk<kHeads>(chunks[i], chunks[i ^ 1], query + head * head_size, head_size,
-                           p.soft_cap, tile);
+      attend_chunk<kHeads>(chunk, query + head * head_size, head_size, p.soft_cap, tile);
     });
   }
 }

@@ -74,6 +74,22 @@ __device__ __forceinline__ int32_t load_once(const int32_t* address) {
   return v;
 }
 
+// Copy 16 bytes to shared memory in the background; a group of copies ends with commit_copies.
+__device__ __forceinline__ void copy_once(Vec* to_shared, const void* from) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Wait for this thread's copies, but for the latest group.
+__device__ __forceinline__ void wait_for_copies_but_one_group() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+
 __device__ __forceinline__ void store(void* address, const Vec& v) {
   *reinterpret_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }

@@ -65,11 +65,11 @@ struct SparseDecodeParams {
   const void* query;     // [num_rows, num_heads, head_size] dtype of the cache
   const int32_t* pages;  // [num_rows, num_kv_heads, max_selected]
   void* out;             // out: [num_rows, num_heads, head_size] dtype of the cache
-  // One per CTA: how many CTAs have left their part of the attention that starts in this one.
+  // One per CTA: how many CTAs have left their part of the (row, KV head) that begins in this one.
   // 0 between launches.
-  int32_t* arrivals;      // [num_ctas]
-  float* partial_out;     // [num_ctas, 2, group_size, head_size] weighted values, not normalised
-  float* partial_weight;  // [num_ctas, 2, group_size, 2] maximum (base 2) and sum of weights
+  int32_t* arrivals;      // [max_decode_ctas]
+  float* partial_out;     // [max_decode_ctas, 2, group_size, head_size] weighted values
+  float* partial_weight;  // [max_decode_ctas, 2, group_size, 2] maximum (base 2), sum of weights
   int64_t query_row_stride, query_head_stride;
   int64_t pages_row_stride, pages_head_stride;
   int64_t out_row_stride, out_head_stride;

@@ -1,0 +1,240 @@
+// The operators' CUDA implementations: check, fill in the parameters, launch.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace quest::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kBytesAtOnce = 16;  // that kernels load
+constexpr int64_t kElementBytes = 2;
+
+// Element `row` of a tensor's first dimension.
+char* row_of(const Tensor& tensor, int64_t row, int64_t element_bytes = kElementBytes) {
+  return static_cast<char*>(tensor.data_ptr()) + row * tensor.stride(0) * element_bytes;
+}
+
+void check_aligned(const char* op, const Arg& arg) {
+  const auto address = reinterpret_cast<uintptr_t>(arg.tensor.data_ptr());
+  bool aligned = address % kBytesAtOnce == 0;
+  for (int64_t dim = 0; dim + 1 < arg.tensor.dim(); ++dim) {
+    aligned = aligned && (arg.tensor.size(dim) <= 1 ||
+                          arg.tensor.stride(dim) * kElementBytes % kBytesAtOnce == 0);
+  }
+  QUEST_CHECK(aligned, op, "layout", arg.name, "'s rows must begin at multiples of ", kBytesAtOnce,
+              " bytes, got address ", address, " and strides ", join(arg.tensor.strides()));
+}
+
+void check_cache(const char* op, const Tensor& kv_cache, const Sizes& sizes) {
+  check_aligned(op, {"kv_cache", kv_cache});
+  const int64_t head_size = sizes.head_size;
+  QUEST_CHECK(head_size == 64 || head_size == 96 || head_size == 128 || head_size == 256, op,
+              "shape", "head_size must be 64, 96, 128 or 256 on a GPU, got ", head_size);
+}
+
+void check_group(const char* op, const Sizes& sizes) {
+  const int64_t group_size = sizes.num_heads / sizes.num_kv_heads;
+  QUEST_CHECK(group_size <= kMaxGroupSize, op, "shape", "a GPU takes at most ", kMaxGroupSize,
+              " query heads per KV head, got ", group_size);
+}
+
+KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
+  return {.data = kv_cache.data_ptr(),
+          .block_stride = kv_cache.stride(0),
+          .head_stride = kv_cache.stride(1),
+          .dtype = kv_cache.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16
+                                                                  : DType::kFloat16,
+          .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+          .head_size = static_cast<int>(sizes.head_size),
+          .block_tokens = static_cast<int>(sizes.block_tokens),
+          .page_size = static_cast<int>(sizes.page_size)};
+}
+
+int32_t* int32s(const Tensor& tensor, int64_t row = 0) {
+  return reinterpret_cast<int32_t*>(row_of(tensor, row, sizeof(int32_t)));
+}
+
+Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
+             int64_t first_row, int64_t num_rows) {
+  return {.block_table = int32s(block_table, first_row),
+          .block_table_stride = block_table.stride(0),
+          .seq_lens = int32s(seq_lens, first_row),
+          .budgets = int32s(budgets, first_row),
+          .num_rows = static_cast<int>(num_rows)};
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "vllm_quest::", op, ": CUDA: ", cudaGetErrorString(error));
+}
+
+// Calls f(first row, number of rows) for as many rows at a time as a launch takes.
+template <typename F>
+void for_rows(int64_t num_rows, F f) {
+  for (int64_t first = 0; first < num_rows; first += kMaxRows) {
+    f(first, std::min<int64_t>(kMaxRows, num_rows - first));
+  }
+}
+
+void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                 const Tensor& slot_mapping, int64_t page_size) {
+  const char* op = "write_kv";
+  const Sizes sizes = check_write_kv(Device::kCuda, key, value, kv_cache, slot_mapping, page_size);
+  check_cache(op, kv_cache, sizes);
+  check_aligned(op, {"key", key});
+  check_aligned(op, {"value", value});
+  if (sizes.num_slots == 0) return;
+  const DeviceGuard guard(kv_cache.get_device_index());
+  check_launch(op, write_kv({.cache = cache_of(kv_cache, sizes),
+                             .key = key.data_ptr(),
+                             .value = value.data_ptr(),
+                             .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+                             .key_token_stride = key.stride(0),
+                             .key_head_stride = key.stride(1),
+                             .value_token_stride = value.stride(0),
+                             .value_head_stride = value.stride(1),
+                             .num_slots = static_cast<int>(sizes.num_slots)},
+                            current_stream(kv_cache)));
+}
+
+void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+              const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+              const Tensor& scores) {
+  const char* op = "score";
+  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
+                                  page_size, scores);
+  check_cache(op, kv_cache, sizes);
+  check_group(op, sizes);
+  check_aligned(op, {"query", query});
+  const DeviceGuard guard(kv_cache.get_device_index());
+  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
+    check_launch(
+        op, score({.cache = cache_of(kv_cache, sizes),
+                   .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
+                   .query = row_of(query, row),
+                   .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
+                   .query_row_stride = query.stride(0),
+                   .query_head_stride = query.stride(1),
+                   .scores_row_stride = scores.stride(0),
+                   .scores_head_stride = scores.stride(1),
+                   .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)},
+                  current_stream(kv_cache)));
+  });
+}
+
+void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets,
+               int64_t page_size, const Tensor& pages) {
+  const char* op = "select";
+  const Sizes sizes = check_select(Device::kCuda, scores, seq_lens, budgets, page_size, pages);
+  const DeviceGuard guard(scores.get_device_index());
+  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
+    check_launch(
+        op, select({.scores = reinterpret_cast<const float*>(row_of(scores, row, sizeof(float))),
+                    .seq_lens = int32s(seq_lens, row),
+                    .budgets = int32s(budgets, row),
+                    .pages = int32s(pages, row),
+                    .scores_row_stride = scores.stride(0),
+                    .scores_head_stride = scores.stride(1),
+                    .pages_row_stride = pages.stride(0),
+                    .pages_head_stride = pages.stride(1),
+                    .num_rows = static_cast<int>(num_rows),
+                    .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+                    .page_size = static_cast<int>(sizes.page_size)},
+                   current_stream(scores)));
+  });
+}
+
+// In int32, on the current device. Arrivals first: their place is the same for every shape that
+// shares the workspace.
+int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
+  const int64_t ctas = max_decode_ctas();
+  return ctas + 2 * ctas * group_size * (head_size + 2);
+}
+
+void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                      const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
+                      int64_t page_size, double scale, double soft_cap, const Tensor& out,
+                      const std::optional<Tensor>& workspace) {
+  const char* op = "sparse_decode";
+  const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                          budgets, pages, page_size, out);
+  check_cache(op, kv_cache, sizes);
+  check_group(op, sizes);
+  check_aligned(op, {"query", query});
+  const int64_t group_size = sizes.num_heads / sizes.num_kv_heads;
+  const DeviceGuard guard(kv_cache.get_device_index());
+  const int64_t needed = decode_workspace_size(group_size, sizes.head_size);
+  QUEST_CHECK(workspace.has_value(), op, "shape", "a GPU needs a workspace of ", needed,
+              " int32: make it with vllm_quest.ops.decode_workspace");
+  const Checks check(op, Device::kCuda);
+  check.device({{"kv_cache", kv_cache}, {"workspace", *workspace}});
+  check.dtype({"workspace", *workspace}, ScalarType::Int);
+  QUEST_CHECK(workspace->is_contiguous() && workspace->numel() >= needed, op, "shape",
+              "workspace must have ", needed, " contiguous int32, got shape ",
+              join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
+  auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
+  auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
+  auto* const partial_weight =
+      partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
+  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
+    check_launch(
+        op, sparse_decode({.cache = cache_of(kv_cache, sizes),
+                           .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
+                           .query = row_of(query, row),
+                           .pages = int32s(pages, row),
+                           .out = row_of(out, row),
+                           .arrivals = arrivals,
+                           .partial_out = partial_out,
+                           .partial_weight = partial_weight,
+                           .query_row_stride = query.stride(0),
+                           .query_head_stride = query.stride(1),
+                           .pages_row_stride = pages.stride(0),
+                           .pages_head_stride = pages.stride(1),
+                           .out_row_stride = out.stride(0),
+                           .out_head_stride = out.stride(1),
+                           .group_size = static_cast<int>(group_size),
+                           .scale = static_cast<float>(scale),
+                           .soft_cap = static_cast<float>(soft_cap)},
+                          current_stream(kv_cache)));
+  });
+}
+
+std::string cuda_archs() { return QUEST_CUDA_ARCHS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
+  library.def("decode_workspace_size(int group_size, int head_size) -> int");
+  library.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CUDA, library) {
+  library.impl("write_kv", TORCH_BOX(&write_kv_op));
+  library.impl("score", TORCH_BOX(&score_op));
+  library.impl("select", TORCH_BOX(&select_op));
+  library.impl("sparse_decode", TORCH_BOX(&sparse_decode_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CompositeExplicitAutograd, library) {
+  library.impl("decode_workspace_size", TORCH_BOX(&decode_workspace_size));
+  library.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}
+
+}  // namespace quest::cuda

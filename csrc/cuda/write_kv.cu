@@ -1,0 +1,168 @@
+// write_kv: store keys and values in their slots, and take the touched pages' bounds anew.
+//
+// The slots of a page are adjacent in the slot mapping: a run. A warp handles one head of one run:
+// each lane owns columns of 16 bytes of the cache's rows, copies them, and keeps the minimum and
+// maximum of those that are keys; then it looks at the page's earlier keys, which no other warp of
+// this launch writes.
+//
+// Bytes: 4 * head_size read and written per token and KV head; for a page not begun here also the
+// keys before, and its bounds. Prefill copies at memory speed; decode waits for memory twice.
+#include "device.cuh"
+#include "launch.cuh"
+#include "schedule.cuh"
+
+namespace quest::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kRowsInFlight = 8;  // that a lane loads before it stores the first
+constexpr int kWindow = 16;       // slots for a CTA where there are many
+constexpr int kSmallBatch = 2048;
+
+// The minimum and maximum of 8 columns.
+template <typename T>
+struct Extremes {
+  Vec low, high;
+  bool is_empty = true;
+
+  __device__ void add(const Vec& row) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      low.word[w] = is_empty ? row.word[w] : min_pair<T>(low.word[w], row.word[w]);
+      high.word[w] = is_empty ? row.word[w] : max_pair<T>(high.word[w], row.word[w]);
+    }
+    is_empty = false;
+  }
+};
+
+template <typename T>
+class RunWriter {
+ public:
+  __device__ RunWriter(const WriteKvParams& p, int last_slot, int head)
+      : p_(p), lane_(threadIdx.x % kWarpSize), last_slot_(last_slot), head_(head) {
+    const int64_t last_token = p.slot_mapping[last_slot];
+    page_ = last_token / p.cache.page_size;
+    last_ = static_cast<int>(last_token % p.cache.page_size);
+  }
+
+  __device__ void run() {
+    const int count = count_slots();
+    const int first = static_cast<int>(p_.slot_mapping[last_slot_ - count + 1] % p_.cache.page_size);
+    // Keys of the page that this run does not write: those before it, and any that it skips.
+    const int num_stored = last_ - first + 1 == count ? first : last_ + 1;
+
+    const int64_t token = page_ * p_.cache.page_size;
+    const int64_t block = token / p_.cache.block_tokens;
+    const int token_in_block = static_cast<int>(token % p_.cache.block_tokens);
+    const int head_size = p_.cache.head_size, row_size = 2 * head_size;
+    T* block_rows = static_cast<T*>(p_.cache.data) + block * p_.cache.block_stride +
+                    head_ * p_.cache.head_stride;
+    T* page_rows = block_rows + token_in_block * row_size;
+    T* bounds = block_rows +
+                (p_.cache.block_tokens + token_in_block / p_.cache.page_size) * row_size;
+
+    for (int column = Vec::kElements * lane_; column < row_size;
+         column += Vec::kElements * kWarpSize) {
+      const bool is_key = column < head_size;
+      Extremes<T> extremes;
+      copy_run(count, column, is_key, page_rows, extremes);
+      if (!is_key) continue;
+      read_stored(num_stored, page_rows + column, extremes);
+      store(bounds + column, extremes.low);
+      store(bounds + head_size + column, extremes.high);
+    }
+  }
+
+ private:
+  // How many slots up to the last lie in its page. The page has no more tokens than that.
+  __device__ int count_slots() const {
+    int count = 0;
+    while (true) {
+      const int slot = last_slot_ - count - lane_;
+      const int64_t token = slot >= 0 ? p_.slot_mapping[slot] : -1;
+      const bool in_page = token >= 0 && token / p_.cache.page_size == page_;
+      const int found = __ffs(~__ballot_sync(kAllLanes, in_page)) - 1;
+      if (found >= 0) return count + found;
+      count += kWarpSize;
+    }
+  }
+
+  __device__ void copy_run(int count, int column, bool is_key, T* page_rows,
+                           Extremes<T>& extremes) const {
+    const T* from = is_key ? static_cast<const T*>(p_.key) + head_ * p_.key_head_stride + column
+                           : static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
+                                 column - p_.cache.head_size;
+    const int64_t token_stride = is_key ? p_.key_token_stride : p_.value_token_stride;
+    const int first_slot = last_slot_ - count + 1;
+    for (int i = 0; i < count; i += kRowsInFlight) {
+      Vec rows[kRowsInFlight];
+      int offsets[kRowsInFlight];
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        const int slot = first_slot + min(i + k, count - 1);
+        rows[k] = load_once(from + slot * token_stride);
+        offsets[k] = static_cast<int>(p_.slot_mapping[slot] - page_ * p_.cache.page_size);
+      }
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        if (i + k >= count) continue;
+        store(page_rows + offsets[k] * 2 * p_.cache.head_size + column, rows[k]);
+        if (is_key) extremes.add(rows[k]);
+      }
+    }
+  }
+
+  __device__ void read_stored(int num_stored, const T* keys, Extremes<T>& extremes) const {
+    for (int i = 0; i < num_stored; i += kRowsInFlight) {
+      Vec rows[kRowsInFlight];
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) {
+        rows[k] = load_once(keys + min(i + k, num_stored - 1) * 2 * p_.cache.head_size);
+      }
+#pragma unroll
+      for (int k = 0; k < kRowsInFlight; ++k) extremes.add(rows[k]);
+    }
+  }
+
+  const WriteKvParams& p_;
+  const int lane_, last_slot_, head_;
+  int64_t page_;  // number in the whole cache
+  int last_;      // written token of the page
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    write_kv_kernel(const __grid_constant__ WriteKvParams p, int window) {
+  // grid: [windows of slots]; a CTA handles the runs that end in its window, a warp one head each.
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+
+  // Find the ends of runs: slots followed by another page, by padding, or by nothing.
+  const int slot = blockIdx.x * window + lane;
+  bool is_end = false;
+  if (lane < window && slot < p.num_slots && p.slot_mapping[slot] >= 0) {
+    const int64_t next = slot + 1 < p.num_slots ? p.slot_mapping[slot + 1] : -1;
+    is_end = next < 0 || next / p.cache.page_size != p.slot_mapping[slot] / p.cache.page_size;
+  }
+  const unsigned ends = __ballot_sync(kAllLanes, is_end);
+  wait_for_previous_kernel();
+  release_next_kernel();
+
+  for (int pair = warp; pair < __popc(ends) * p.cache.num_kv_heads; pair += kWarps) {
+    const int run = pair / p.cache.num_kv_heads, head = pair % p.cache.num_kv_heads;
+    const int last_slot = blockIdx.x * window + __fns(ends, 0, run + 1);
+    RunWriter<T>(p, last_slot, head).run();
+  }
+}
+
+}  // namespace
+
+cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
+  const int window = params.num_slots <= kSmallBatch ? 1 : kWindow;
+  const int ctas = div_up(params.num_slots, window);
+  const auto kernel = params.cache.dtype == DType::kBFloat16 ? write_kv_kernel<__nv_bfloat16>
+                                                             : write_kv_kernel<__half>;
+  return launch(kernel, ctas, kThreads, 0, stream, params, window);
+}
+
+}  // namespace quest::cuda

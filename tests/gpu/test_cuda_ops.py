@@ -1,0 +1,358 @@
+"""The CUDA operators compute what `vllm_quest/reference.py` says, at any shape, at any time.
+
+pytest tests/gpu                                    all of it, on a machine with a GPU
+compute-sanitizer pytest --noconftest tests/gpu -k small
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpu.batches import UNTOUCHED, Batch, Shape, empty_cache, make_batch
+from vllm_quest import extension, ops, reference
+
+DEVICE = torch.device("cuda")
+CPU = torch.device("cpu")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        not extension.library("cuda").exists(), reason="the CUDA operators are not built"
+    ),
+]
+
+SHAPES = [
+    Shape(),
+    Shape(dtype=torch.float16),
+    Shape(group_size=1, num_kv_heads=5),
+    Shape(group_size=7),
+    Shape(group_size=8, pages_per_block=4),
+    Shape(group_size=16, dtype=torch.float16),
+    Shape(group_size=12, head_size=64, pages_per_block=2),
+    Shape(head_size=64),
+    Shape(head_size=96, is_strided=True),
+    Shape(head_size=96, group_size=9, page_size=32),
+    Shape(head_size=256),
+    Shape(head_size=256, group_size=16, page_size=32),
+    Shape(page_size=32, is_strided=True),
+    Shape(page_size=8, pages_per_block=3),
+    Shape(page_size=48, num_kv_heads=1),
+]
+
+
+def shape_name(shape: Shape) -> str:
+    changed = (f"{k}={v}" for k, v in vars(shape).items() if v != getattr(Shape(), k))
+    return " ".join(changed).replace("torch.", "") or "default"
+
+
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
+
+
+def lengths_around(page: int, budget: int) -> list[int]:
+    """Rows of one token, of pages and budgets just reached or passed, and of none (padding)."""
+    full = page * budget
+    around = [1, page - 1, page, page + 1, full - 1, full, full + 1, full + page, 5 * full + 3]
+    return [*around, 0, 37 * page + 5, 0]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer).cpu(), b.contiguous().view(integer).cpu())
+
+
+# --- write_kv -----------------------------------------------------------------------------------
+
+
+def written_alike(shape: Shape, slots: list[int], extra_tokens: int = 0, seed: int = 0) -> bool:
+    """Whether the GPU leaves the same bits in every row of the cache as the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    num_blocks = max([*slots, 0]) // shape.block_tokens + 2
+    expected = empty_cache(shape, num_blocks, CPU)
+    expected.copy_(torch.randn(expected.shape, generator=generator))
+    cache = empty_cache(shape, num_blocks, DEVICE)
+    cache.copy_(expected)
+
+    # As in vLLM, keys and values are slices of one projection.
+    num_tokens = len(slots) + extra_tokens
+    qkv_heads = shape.num_heads + 2 * shape.num_kv_heads
+    qkv = torch.randn(num_tokens, qkv_heads, shape.head_size, generator=generator).to(shape.dtype)
+    slot_mapping = torch.tensor(slots, dtype=torch.int64)
+
+    def write(module, qkv: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+        _, key, value = qkv.split([shape.num_heads] + 2 * [shape.num_kv_heads], dim=1)
+        module.write_kv(key, value, cache, slot_mapping, shape.page_size)
+
+    write(ops, qkv.to(DEVICE), cache, slot_mapping.to(DEVICE))
+    write(reference, qkv, expected, slot_mapping)
+    return same_bits(cache, expected)
+
+
+@all_shapes
+def test_prefill_writes_keys_values_and_bounds(shape: Shape) -> None:
+    first_page = [shape.block_tokens * 5 + i for i in range(shape.block_tokens)]
+    middle = [shape.block_tokens * 2 + i for i in range(3, shape.block_tokens)]
+    ends_inside = [shape.block_tokens * 7 + i for i in range(shape.block_tokens - 2)]
+    assert written_alike(shape, [*first_page, *middle, *ends_inside])
+
+
+@all_shapes
+def test_decode_writes_one_token_per_row(shape: Shape) -> None:
+    slots = [block * shape.block_tokens + block % shape.block_tokens for block in range(11)]
+    assert written_alike(shape, slots[::-1])
+
+
+def test_padding_slots_are_skipped() -> None:
+    assert written_alike(Shape(), [-1, 3, 4, -1, -1, 40, -1, -1], extra_tokens=3)
+    assert written_alike(Shape(), [-1, -1])
+    assert written_alike(Shape(), [])
+
+
+def test_a_run_may_skip_slots_of_its_page() -> None:
+    assert written_alike(Shape(), [2, 5, 6, 9, 33, 47])
+
+
+def test_many_slots() -> None:
+    shape = Shape(num_kv_heads=3)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).tolist()
+    prefill = [block * 16 + i for block in order[:200] for i in range(block % 16 + 1)]
+    decode = [block * 16 + block % 16 for block in order[200:]]
+    slots = [*prefill, *decode, *[-1] * 600]
+    assert len(slots) > 2048
+    assert written_alike(shape, slots)
+
+
+# --- score --------------------------------------------------------------------------------------
+
+
+def score_tolerance(batch: Batch) -> float:
+    """Rounding of fp32 sums of 2 * head_size exact products, by the matrix unit's truncation."""
+    head_size = batch.shape.head_size
+    largest_bound = batch.kv_cache.float().nan_to_num(0.0).abs().max().item()
+    largest_query = batch.query.float().abs().sum(dim=-1).max().item()
+    return 2 * head_size * 2.0**-23 * largest_bound * largest_query
+
+
+@all_shapes
+def test_scores_match(shape: Shape) -> None:
+    batch = make_batch(shape, lengths_around(shape.page_size, 4), 4, DEVICE)
+    expected = batch.to(CPU)
+    batch.score()
+    expected.score(reference)
+    difference = (batch.scores.cpu() - expected.scores).abs().max().item()
+    assert difference <= score_tolerance(expected)
+    is_written = expected.scores != UNTOUCHED
+    assert torch.equal(batch.scores.cpu() != UNTOUCHED, is_written)
+
+
+def test_scores_bound_every_key() -> None:
+    shape = Shape(num_kv_heads=1)
+    batch = make_batch(shape, [999], 1, DEVICE)
+    scores = batch.score().cpu()[0, 0]
+    blocks = batch.block_table.cpu()[0, :63].long()
+    keys = batch.kv_cache.cpu()[blocks, 0, :16, :128].double()
+    logits = torch.einsum("hd,ptd->pth", batch.query.cpu()[0].double(), keys)
+    largest = logits.nan_to_num(-torch.inf).amax(dim=(1, 2))
+    assert (scores[:63].double() >= largest - score_tolerance(batch.to(CPU))).all()
+
+
+# --- select -------------------------------------------------------------------------------------
+
+
+def selected_alike(
+    scores: Tensor, num_pages: list[int], budgets: list[int], page_size: int = 16
+) -> bool:
+    num_rows, num_kv_heads, _ = scores.shape
+    seq_lens = torch.tensor([n * page_size - 3 if n else 0 for n in num_pages], dtype=torch.int32)
+    limits = torch.tensor(budgets, dtype=torch.int32)
+    sizes = (num_rows, num_kv_heads, max(b for b in budgets if b != ops.UNLIMITED_PAGES))
+    pages = torch.full(sizes, UNTOUCHED, dtype=torch.int32, device=DEVICE)
+    ops.select(scores.to(DEVICE), seq_lens.to(DEVICE), limits.to(DEVICE), page_size, pages)
+    expected = torch.full(sizes, UNTOUCHED, dtype=torch.int32)
+    reference.select(scores, seq_lens, limits, page_size, expected)
+    return torch.equal(pages.cpu(), expected)
+
+
+def random_scores(*sizes: int, seed: int = 0) -> Tensor:
+    return 40 + 9 * torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_selection_is_exact(page_size: int) -> None:
+    num_pages = [1, 2, 3, 31, 32, 33, 100, 511, 512, 513, 514, 1000, 2048, 0, 1025]
+    budgets = [1, 1, 2, 4, 32, 32, 99, 128, 511, 512, 513, 128, ops.UNLIMITED_PAGES, 7, 512]
+    assert selected_alike(random_scores(15, 3, 2048), num_pages, budgets, page_size)
+
+
+def test_equal_scores_go_to_lower_pages() -> None:
+    scores = random_scores(4, 2, 900).round()
+    scores[1] = 5.0
+    scores[2] = torch.tensor([0.0, -0.0]).repeat(450)
+    assert selected_alike(scores, [900, 900, 900, 300], [128, 77, 300, 128])
+
+
+def test_scores_of_any_size_are_ordered() -> None:
+    scores = random_scores(3, 2, 700) * torch.logspace(-30, 30, 700)
+    scores[1] = -scores[1].abs()
+    scores[2, :, ::3] = -torch.inf
+    scores[2, :, ::7] = torch.inf
+    assert selected_alike(scores, [700, 699, 698], [64, 128, 400])
+
+
+@pytest.mark.parametrize("num_pages", [8192, 8193, 16385, 16386, 65536])
+def test_long_contexts(num_pages: int) -> None:
+    scores = random_scores(2, 1, num_pages)
+    scores[1] = scores[1].round()
+    assert selected_alike(scores, [num_pages, num_pages - 1], [128, 1024])
+
+
+def test_more_pairs_than_multiprocessors() -> None:
+    scores = random_scores(40, 4, 600).round(decimals=1)
+    num_pages = [1 + 599 * row // 39 for row in range(40)]
+    assert selected_alike(scores, num_pages, [1 + 3 * row for row in range(40)])
+
+
+# --- sparse_decode ------------------------------------------------------------------------------
+
+
+def relative_error(batch: Batch, expected: Batch) -> float:
+    """The largest over rows that are not padding."""
+    is_row = expected.seq_lens > 0
+    out, right = batch.out.cpu().double()[is_row], expected.out.double()[is_row]
+    return ((out - right).norm(dim=-1) / right.norm(dim=-1)).max().item()
+
+
+def error_limit(dtype: torch.dtype) -> float:
+    """Weights and output are rounded once each, by at most 2^-9 (bf16) or 2^-12 (fp16)."""
+    return 2 * 2.0**-9 if dtype == torch.bfloat16 else 2 * 2.0**-12
+
+
+def attends_alike(batch: Batch) -> bool:
+    """Whether all decode stages give the reference's output; the selection is the GPU's own."""
+    batch.run()
+    expected = batch.to(CPU)
+    expected.sparse_decode(reference)
+    assert (batch.out[batch.seq_lens == 0] == 0).all()
+    return relative_error(batch, expected) <= error_limit(batch.shape.dtype)
+
+
+@all_shapes
+def test_output_matches(shape: Shape) -> None:
+    assert attends_alike(make_batch(shape, lengths_around(shape.page_size, 4), 4, DEVICE))
+
+
+@all_shapes
+def test_dense_rows_match(shape: Shape) -> None:
+    lengths = lengths_around(shape.page_size, 4)
+    assert attends_alike(make_batch(shape, lengths, ops.UNLIMITED_PAGES, DEVICE))
+
+
+def test_rows_have_budgets_of_their_own() -> None:
+    budgets = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
+    assert attends_alike(make_batch(Shape(), [1600] * 8, budgets, DEVICE))
+
+
+def test_soft_cap() -> None:
+    batch = make_batch(Shape(), [5, 700, 1], 8, DEVICE, soft_cap=3.0)
+    assert attends_alike(batch)
+
+
+def test_large_logits() -> None:
+    batch = make_batch(Shape(), [900, 2000], 32, DEVICE)
+    batch.query *= 30
+    assert attends_alike(batch)
+
+
+def test_strided_query_and_output() -> None:
+    batch = make_batch(Shape(), [50, 700], 8, DEVICE)
+    wide = torch.zeros(2, 3, *batch.query.shape[1:], dtype=batch.query.dtype, device=DEVICE)
+    wide[:, 1] = batch.query
+    batch.query = wide[:, 1]
+    batch.out = torch.full_like(wide, torch.nan)[:, 2]
+    assert attends_alike(batch)
+
+
+def test_one_long_dense_row_beside_short_ones() -> None:
+    budgets = [ops.UNLIMITED_PAGES] + [4] * 30
+    assert attends_alike(make_batch(Shape(), [9000] + [100] * 30, budgets, DEVICE))
+
+
+def test_a_thousand_rows() -> None:
+    lengths = [1 + 37 * row % 300 for row in range(1024)]
+    assert attends_alike(make_batch(Shape(head_size=64), lengths, 8, DEVICE))
+
+
+def test_more_rows_than_a_launch_takes() -> None:
+    lengths = [row % 40 for row in range(2100)]
+    assert attends_alike(make_batch(Shape(head_size=64, num_kv_heads=1), lengths, 1, DEVICE))
+
+
+def test_covering_budget_equals_dense_bit_for_bit() -> None:
+    lengths = [1, 100, 1024, 777]
+    covered = make_batch(Shape(), lengths, 64, DEVICE)
+    dense = make_batch(Shape(), lengths, ops.UNLIMITED_PAGES, DEVICE)
+    assert same_bits(covered.run(), dense.run())
+
+
+# --- all stages ---------------------------------------------------------------------------------
+
+
+def test_results_are_repeatable_bit_for_bit() -> None:
+    batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
+    first = batch.run().clone()
+    for _ in range(20):
+        batch.out.fill_(torch.nan)
+        assert same_bits(batch.run(), first)
+
+
+def test_a_captured_graph_serves_other_lengths() -> None:
+    shape = Shape(num_kv_heads=4)
+    captured = make_batch(shape, [1, 1, 1, 1], 40, DEVICE, max_tokens=8192)
+    captured.run()  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.run()
+    for seed, lengths in enumerate([[5000, 3, 640, 0], [641, 8192, 0, 1], [0, 0, 0, 0]]):
+        batch = make_batch(shape, lengths, 40, DEVICE, max_tokens=8192, seed=seed)
+        captured.query.copy_(batch.query)
+        captured.block_table.copy_(batch.block_table)
+        captured.seq_lens.copy_(batch.seq_lens)
+        num_blocks = min(len(captured.kv_cache), len(batch.kv_cache))
+        in_reach = (captured.block_table < num_blocks) | (captured.block_table >= 2**30)
+        assert num_blocks == len(batch.kv_cache) or in_reach.all()
+        captured.kv_cache[:num_blocks].copy_(batch.kv_cache[:num_blocks])
+        graph.replay()
+        assert same_bits(captured.out, batch.run())
+
+
+def test_small_pipeline() -> None:
+    """For compute-sanitizer: each operator once or twice, with little data."""
+    shape = Shape(num_kv_heads=2)
+    assert written_alike(shape, [3, 4, 5, 40, -1])
+    assert attends_alike(make_batch(shape, [700, 5, 0], 4, DEVICE))
+    assert attends_alike(make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_refuses_what_it_has_no_kernel_for() -> None:
+    with pytest.raises(RuntimeError, match="head_size must be 64, 96, 128 or 256"):
+        make_batch(Shape(head_size=80), [40], 1, DEVICE).run()
+    with pytest.raises(RuntimeError, match="at most 16 query heads"):
+        make_batch(Shape(group_size=17), [40], 1, DEVICE).score()
+
+
+def test_refuses_a_missing_workspace() -> None:
+    batch = make_batch(Shape(), [40], 1, DEVICE)
+    batch.workspace = None
+    with pytest.raises(RuntimeError, match="decode_workspace"):
+        batch.sparse_decode()
+
+
+def test_refuses_misaligned_rows() -> None:
+    batch = make_batch(Shape(), [40], 1, DEVICE)
+    batch.query = torch.zeros(1 + batch.query.numel(), dtype=batch.query.dtype, device=DEVICE)[1:]
+    batch.query = batch.query.view(1, 8, 128)
+    with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
+        batch.score()

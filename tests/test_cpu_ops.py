@@ -1,0 +1,430 @@
+"""The CPU operators against the reference, in every instruction set that this machine runs."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from batch import (
+    UNTOUCHED_PAGE,
+    UNTOUCHED_SCORE,
+    Batch,
+    decode_error,
+    make_batch,
+    run,
+    score_error,
+)
+from vllm_quest import ops, reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ISAS = torch.ops.vllm_quest.cpu_isas().split()
+
+# Hypothesis may reuse the fixture that sets the instruction set: it stays set.
+property_test = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    torch.ops.vllm_quest.use_cpu_isa(request.param)
+    yield request.param
+    torch.ops.vllm_quest.use_cpu_isa(ISAS[0])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_equals_reference(batch: Batch) -> None:
+    found = run(ops, batch)
+    expected = run(reference, batch)
+    assert (found.scores - expected.scores).abs().max() <= score_error(batch)
+    # Selection is exact given the scores; where rounding reorders them, the lists may differ.
+    pages = torch.full_like(found.pages, UNTOUCHED_PAGE)
+    reference.select(found.scores, batch.seq_lens, batch.budgets, batch.page_size, pages)
+    assert torch.equal(found.pages, pages)
+    out = torch.empty_like(found.out)
+    reference.sparse_decode(
+        batch.query,
+        batch.kv_cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.budgets,
+        found.pages,
+        batch.page_size,
+        batch.scale,
+        batch.soft_cap,
+        out,
+    )
+    error = (found.out.double() - out.double()).abs()
+    # The reference's own rounding of its output counts once more.
+    assert (error <= 2 * decode_error(batch, out)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_size", "group_size", "page_size", "block_tokens"),
+    [
+        (64, 1, 8, 8),
+        (80, 3, 16, 128),
+        (96, 4, 24, 48),
+        (128, 8, 16, 64),
+        (128, 4, 64, 64),
+        (256, 5, 32, 32),
+    ],
+)
+def test_equals_the_reference_at_odd_shapes(
+    dtype: torch.dtype, head_size: int, group_size: int, page_size: int, block_tokens: int
+) -> None:
+    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 5 * page_size + 3, 0]
+    assert_equals_reference(
+        make_batch(
+            lengths,
+            [1, 1, 1, 1, 1, 3, 1],
+            dtype=dtype,
+            head_size=head_size,
+            num_kv_heads=3,
+            group_size=group_size,
+            page_size=page_size,
+            block_tokens=block_tokens,
+        )
+    )
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5, 30.0])
+@pytest.mark.parametrize("strided", [False, True])
+def test_equals_the_reference_with_strides_and_soft_cap(strided: bool, soft_cap: float) -> None:
+    assert_equals_reference(
+        make_batch([600, 33], [7, 2], strided=strided, soft_cap=soft_cap, dtype=torch.float16)
+    )
+
+
+@property_test
+@given(
+    seq_lens=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    budget=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_reference_at_any_length(seq_lens: list[int], budget: int, seed: int) -> None:
+    assert_equals_reference(make_batch(seq_lens, [budget] * len(seq_lens), page_size=8, seed=seed))
+
+
+@property_test
+@given(seq_len=st.integers(17, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**16))
+def test_no_key_of_a_page_exceeds_its_score(seq_len: int, dtype: torch.dtype, seed: int) -> None:
+    batch = make_batch([seq_len], [1], dtype=dtype, seed=seed)
+    scores = run(ops, batch).scores.double()
+    query = batch.query[0].double().view(2, 4, 64)
+    for page in range(batch.num_pages(0)):
+        filled = min(batch.page_size, seq_len - page * batch.page_size)
+        keys = reference.page_rows(batch.kv_cache, batch.block_table[0], page, batch.page_size)
+        products = query @ keys[:, :filled, :64].double().transpose(1, 2)
+        assert (scores[0, :, page] >= products.amax(dim=(1, 2)) - score_error(batch)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_covering_budget_is_full_attention(dtype: torch.dtype) -> None:
+    # 20,000 tokens are more than 32 splits of 512.
+    batch = make_batch(
+        [20_000, 513, 512], [ops.UNLIMITED_PAGES] * 3, dtype=dtype, num_kv_heads=1, block_tokens=128
+    )
+    out = run(ops, batch).out.double()
+    exact = reference.full_attention(
+        batch.query,
+        batch.kv_cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.page_size,
+        batch.scale,
+        batch.soft_cap,
+    )
+    assert ((out - exact).abs() <= decode_error(batch, exact)).all()
+
+
+def test_a_budget_one_page_short_leaves_out_the_lowest_score() -> None:
+    batch = make_batch([16 * 9], [8], num_kv_heads=1)
+    result = run(ops, batch)
+    left_out = set(range(9)) - set(result.pages[0, 0].tolist())
+    assert left_out == {int(result.scores[0, 0, :8].argmin())}
+
+
+# Few distinct scores, so that ties abound; zeros of both signs are equal.
+tied_scores = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, float("-inf"), 0.5])
+
+
+@property_test
+@given(st.data())
+def test_selection_equals_the_reference_ties_included(data: st.DataObject) -> None:
+    rows = data.draw(
+        st.lists(st.lists(tied_scores, min_size=1, max_size=70), min_size=1, max_size=4)
+    )
+    max_pages = max(map(len, rows))
+    scores = torch.full((len(rows), 1, max_pages), float("nan"))
+    for row, values in enumerate(rows):
+        scores[row, 0, : len(values)] = torch.tensor(values)
+    budget = data.draw(st.integers(1, max_pages))
+    seq_lens = torch.tensor([8 * len(values) - 3 for values in rows], dtype=torch.int32)
+    budgets = torch.full_like(seq_lens, budget)
+    found = torch.full((len(rows), 1, budget), UNTOUCHED_PAGE, dtype=torch.int32)
+    expected = found.clone()
+    ops.select(scores, seq_lens, budgets, 8, found)
+    reference.select(scores, seq_lens, budgets, 8, expected)
+    assert torch.equal(found, expected)
+
+
+def test_selection_equals_the_reference_over_many_pages() -> None:
+    scores = torch.randn(2, 2, 5000).mul(4).round(decimals=1)
+    seq_lens = torch.tensor([8 * 5000, 8 * 4097], dtype=torch.int32)
+    budgets = torch.tensor([128, 4096], dtype=torch.int32)
+    found = torch.full((2, 2, 4096), UNTOUCHED_PAGE, dtype=torch.int32)
+    expected = found.clone()
+    ops.select(scores, seq_lens, budgets, 8, found)
+    reference.select(scores, seq_lens, budgets, 8, expected)
+    assert torch.equal(found, expected)
+
+
+def test_only_rows_over_their_budget_are_scored_and_selected() -> None:
+    batch = make_batch([100, 64, 0, 17], [3, 4, 1, 1])
+    result = run(ops, batch)
+    for row in range(4):
+        written = batch.num_pages(row) if batch.over_budget(row) else 0
+        listed = int(batch.budgets[row]) if batch.over_budget(row) else 0
+        assert (result.scores[row, :, written:] == UNTOUCHED_SCORE).all()
+        assert (result.pages[row, :, listed:] == UNTOUCHED_PAGE).all()
+        assert (result.pages[row, :, :listed] != UNTOUCHED_PAGE).all()
+
+
+def test_padding_rows_give_zeros() -> None:
+    assert (run(ops, make_batch([0, 5, 0], [1, 1, 1])).out[::2] == 0).all()
+
+
+def test_what_lies_outside_a_row_does_not_matter() -> None:
+    batch = make_batch([100, 64, 17, 1], [3, 1, 2, 1])
+    poisoned = run(ops, batch)
+    assert poisoned.out.isfinite().all()
+    clean = replace(batch, kv_cache=batch.kv_cache.nan_to_num(3.0))
+    assert torch.equal(run(ops, clean).out, poisoned.out)
+
+
+def test_is_bitwise_repeatable_and_independent_of_threads(two_threads: None) -> None:
+    batch = make_batch([3000, 700, 40], [40, ops.UNLIMITED_PAGES, 1])
+    first = run(ops, batch)
+    again = run(ops, batch)
+    torch.set_num_threads(1)
+    alone = run(ops, batch)
+    for other in (again, alone):
+        assert torch.equal(other.scores, first.scores)
+        assert torch.equal(other.pages, first.pages)
+        assert torch.equal(other.out, first.out)
+
+
+def test_a_row_does_not_depend_on_its_batch(two_threads: None) -> None:
+    batch = make_batch([1500, 0, 700, 16], [40, 1, ops.UNLIMITED_PAGES, 1])
+    together = run(ops, batch)
+    for row in range(4):
+        alone = run(ops, batch.take_row(row))
+        assert torch.equal(alone.scores[0], together.scores[row])
+        assert torch.equal(alone.out[0], together.out[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_comes_through_unchanged(dtype: torch.dtype) -> None:
+    # One token has all the weight, so the output is its value: 1024 rows of 64 make every pattern.
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    cache = torch.zeros(1024, 1, 9, 128, dtype=dtype)
+    cache[:, 0, 0, 64:] = patterns.view(1024, 64)
+    found = decode_tokens(cache, num_tokens=1)
+    same = found.view(torch.int16) == cache[:, 0, 0, 64:].view(torch.int16)
+    # A zero keeps no sign, a NaN no payload.
+    assert (same | (patterns.view(1024, 64) == 0) | found.isnan()).all()
+    assert torch.equal(found.isnan(), patterns.view(1024, 64).isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_round_to_nearest_even(dtype: torch.dtype) -> None:
+    # Two tokens of equal weight: the output is the mean, exact in fp32 and then rounded.
+    bits = torch.randint(0, 1 << 16, (2, 1024, 64), dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype).nan_to_num(1.0, 2.0, 2.0) / 4
+    cache = torch.zeros(1024, 1, 9, 128, dtype=dtype)
+    cache[:, 0, 0, 64:], cache[:, 0, 1, 64:] = values
+    mean = ((values[0].double() + values[1].double()) / 2).float()
+    assert torch.equal(decode_tokens(cache, num_tokens=2), mean.to(dtype))
+
+
+def decode_tokens(cache: Tensor, num_tokens: int) -> Tensor:
+    """Attend with a query of zeros to each block's first tokens: their values' mean."""
+    rows = len(cache)
+    out = torch.full((rows, 1, 64), 5.0, dtype=cache.dtype)
+    ops.sparse_decode(
+        torch.zeros_like(out),
+        cache,
+        torch.arange(rows, dtype=torch.int32).view(rows, 1),
+        torch.full((rows,), num_tokens, dtype=torch.int32),
+        torch.full((rows,), 1, dtype=torch.int32),
+        torch.zeros(rows, 1, 1, dtype=torch.int32),
+        8,
+        1.0,
+        0.0,
+        out,
+    )
+    return out[:, 0]
+
+
+@property_test
+@given(
+    writes=st.lists(
+        st.tuples(
+            st.integers(0, 2),  # block
+            st.integers(0, 47),  # first token in it
+            st.integers(1, 48),  # tokens
+            st.integers(0, 3),  # padding slots after them
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    page_size=st.sampled_from([8, 16, 24, 48]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_bounds_are_those_of_the_pages_keys_after_any_writes(
+    writes: list[tuple[int, int, int, int]], page_size: int, dtype: torch.dtype
+) -> None:
+    block_tokens = 48
+    block_rows = block_tokens + block_tokens // page_size
+    cache = torch.randn(3, 2, 2, block_rows, 64)[:, 1].to(dtype)  # pages were used before
+    expected = cache.clone()
+    for block, first, count, padding in writes:
+        tokens = torch.arange(first, min(first + count, block_tokens))
+        slots = torch.cat([block * block_tokens + tokens, torch.full((padding,), -1)])
+        key, value = torch.randn(2, len(slots) + 1, 2, 32).to(dtype)  # one more than slots
+        ops.write_kv(key, value, cache, slots, page_size)
+
+        expected[block, :, tokens] = torch.cat(
+            [key[: len(tokens)], value[: len(tokens)]], dim=-1
+        ).transpose(0, 1)
+        for page in {int(token) // page_size for token in tokens}:
+            last = int(tokens[tokens // page_size == page].max())
+            keys = expected[block, :, page * page_size : last + 1, :32]
+            expected[block, :, block_tokens + page, :32] = keys.amin(dim=1)
+            expected[block, :, block_tokens + page, 32:] = keys.amax(dim=1)
+    assert torch.equal(cache, expected)
+
+
+def test_writing_equals_the_reference_across_blocks_and_threads(two_threads: None) -> None:
+    slots = torch.cat([torch.arange(5, 90), torch.tensor([-1, -1]), torch.arange(130, 141)])
+    packed = torch.randn(len(slots), 6, 64).bfloat16()  # key and value cut out of QKV
+    key, value = packed[:, 2:4], packed[:, 4:]
+    found = torch.zeros(5, 2, 34, 128, dtype=torch.bfloat16)
+    expected = found.clone()
+    ops.write_kv(key, value, found, slots, 16)
+    reference.write_kv(key, value, expected, slots, 16)
+    assert torch.equal(found, expected)
+
+
+def change(**changes: Any) -> dict[str, Any]:
+    return changes
+
+
+WRITE_ERRORS = [
+    (change(key=torch.zeros(2, 2, 32).half()), "dtype: key must be BFloat16, got Half"),
+    (change(key=torch.zeros(2, 3, 32).bfloat16()), r"shape: key must be \[-1, 2, 32\]"),
+    (change(value=torch.zeros(3, 2, 32).bfloat16()), r"shape: value must be \[2, 2, 32\]"),
+    (change(key=torch.zeros(2, 2, 64).bfloat16()[:, :, ::2]), "layout: key must be contiguous"),
+    (change(kv_cache=torch.zeros(3, 2, 9, 64)), "dtype: key must be Float, got BFloat16"),
+    (
+        change(kv_cache=torch.zeros(3, 2, 9, 64, dtype=torch.float64)),
+        "dtype: kv_cache must be BFloat16 or Half or Float, got Double",
+    ),
+    (
+        change(kv_cache=torch.zeros(3, 2, 10, 64).bfloat16()),
+        r"shape: kv_cache must hold page_size \+ 1 = 9 rows per page",
+    ),
+    (
+        change(kv_cache=torch.zeros(3, 9, 2, 64).bfloat16().transpose(1, 2)),
+        r"layout: kv_cache must be contiguous in its two inner dimensions",
+    ),
+    (change(kv_cache=torch.zeros(3, 2, 9, 48).bfloat16()), "shape: head_size .* multiple of 16"),
+    (change(slot_mapping=torch.zeros(2, dtype=torch.int32)), "dtype: slot_mapping must be Long"),
+    (change(slot_mapping=torch.zeros(3).long()), "shape: slot_mapping must have at most key's 2"),
+    (change(page_size=12), "shape: page_size must be a positive multiple of 8, got 12"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRITE_ERRORS)
+def test_write_kv_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    arguments = {
+        "key": torch.zeros(2, 2, 32).bfloat16(),
+        "value": torch.zeros(2, 2, 32).bfloat16(),
+        "kv_cache": torch.zeros(3, 2, 9, 64).bfloat16(),
+        "slot_mapping": torch.tensor([0, 1]),
+        "page_size": 8,
+    }
+    with pytest.raises(RuntimeError, match=f"vllm_quest::write_kv: {message}"):
+        ops.write_kv(**{**arguments, **changes})
+
+
+def int32s(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+DECODE_ERRORS = [
+    (change(query=torch.zeros(2, 4, 32)), "dtype: query must be BFloat16, got Float"),
+    (change(query=torch.zeros(2, 3, 32).bfloat16()), "shape: query's heads must be a multiple"),
+    (change(query=torch.zeros(2, 4, 16).bfloat16()), r"shape: query must be \[-1, -1, 32\]"),
+    (change(block_table=torch.zeros(2, 4).long()), "dtype: block_table must be Int, got Long"),
+    (change(block_table=torch.zeros(1, 4).int()), r"shape: block_table must be \[2, -1\]"),
+    (change(block_table=torch.zeros(4, 2).int().t()), "layout: block_table must be contiguous"),
+    (change(seq_lens=int32s(1, 1).long()), "dtype: seq_lens must be Int, got Long"),
+    (change(seq_lens=int32s(1)), r"shape: seq_lens must be \[2\]"),
+    (change(seq_lens=int32s(1, 33)), "values: seq_lens must be 0 to 32 tokens, got 33 in row 1"),
+    (change(budgets=int32s(1, 1).float()), "dtype: budgets must be Int, got Float"),
+    (change(budgets=int32s(0, 1)), "values: budgets must be at least 1 page, got 0 in row 0"),
+    (
+        change(seq_lens=int32s(32, 1), budgets=int32s(3, 1)),
+        "values: budgets must be at most max_selected = 2 pages for longer rows, got 3 in row 0",
+    ),
+    (change(pages=torch.zeros(2, 1, 2).int()), r"shape: pages must be \[2, 2, -1\]"),
+    (change(pages=torch.zeros(2, 2, 2).long()), "dtype: pages must be Int, got Long"),
+    (change(out=torch.zeros(2, 4, 32)), "dtype: out must be BFloat16, got Float"),
+    (change(out=torch.zeros(2, 2, 32).bfloat16()), r"shape: out must be \[2, 4, 32\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DECODE_ERRORS)
+def test_sparse_decode_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    arguments = {
+        "query": torch.zeros(2, 4, 32).bfloat16(),
+        "kv_cache": torch.zeros(3, 2, 9, 64).bfloat16(),
+        "block_table": torch.zeros(2, 4).int(),
+        "seq_lens": int32s(1, 1),
+        "budgets": int32s(1, 1),
+        "pages": torch.zeros(2, 2, 2).int(),
+        "page_size": 8,
+        "scale": 1.0,
+        "soft_cap": 0.0,
+        "out": torch.zeros(2, 4, 32).bfloat16(),
+    }
+    with pytest.raises(RuntimeError, match=f"vllm_quest::sparse_decode: {message}"):
+        ops.sparse_decode(**{**arguments, **changes})
+
+
+def test_score_and_select_say_what_is_wrong() -> None:
+    query, cache = torch.zeros(2, 4, 32), torch.zeros(3, 2, 9, 64)
+    rows = (torch.zeros(2, 4).int(), int32s(1, 1), int32s(1, 1))
+    with pytest.raises(RuntimeError, match=r"score: shape: scores must be \[2, 2, 4\]"):
+        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 5))
+    with pytest.raises(RuntimeError, match="score: dtype: scores must be Float, got Half"):
+        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 4).half())
+    with pytest.raises(RuntimeError, match=r"select: shape: pages must be \[2, 2, -1\]"):
+        ops.select(torch.zeros(2, 2, 4), rows[1], rows[2], 8, torch.zeros(2, 1, 2).int())
+    with pytest.raises(RuntimeError, match=r"use_cpu_isa: values: isa .*, got none"):
+        torch.ops.vllm_quest.use_cpu_isa("none")

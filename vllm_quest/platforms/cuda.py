@@ -1,0 +1,156 @@
+"""NVIDIA GPUs: lengths stay on the device, and vLLM's FLASH_ATTN attends densely.
+
+A decode batch may be captured in a CUDA graph and replayed with other lengths, tables and
+budgets. All that it reads therefore lives in tensors that stay in place: vLLM's own, and those
+made here once.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_quest import ops
+from vllm_quest.config import QuestConfig
+from vllm_quest.decode_rows import DecodeRows, Decodes
+
+SCORES_BYTES = 64 << 20
+"""Room for one pass's scores; more rows take several passes, each of which fills any GPU."""
+
+DenseImpl = FlashAttentionImpl
+DenseMetadataBuilder = FlashAttentionMetadataBuilder
+
+
+class PrefillMetadataBuilder(FlashAttentionMetadataBuilder):
+    """FLASH_ATTN's metadata for a batch's prefills, which no CUDA graph holds."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.use_full_cuda_graph = False
+
+
+class BatchPlanner:
+    """Makes decode rows and prefill plans from vLLM's batches."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        self.prefill_builder = PrefillMetadataBuilder(spec, layer_names, vllm_config, device)
+        scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
+        speculation = vllm_config.speculative_config
+        tokens_per_decode = 1 + (speculation.num_speculative_tokens if speculation else 0)
+        num_rows = max(
+            scheduler.max_num_seqs * tokens_per_decode, compilation.max_cudagraph_capture_size or 0
+        )
+        blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
+        # vLLM rounds its tables up, so that rows end on 128 bytes or so: leave room.
+        pages = (blocks + 128) * spec.block_size // QuestConfig.from_vllm(vllm_config).page_size
+        rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
+        rows_per_pass = max(1, min(rows_per_pass, num_rows))
+        scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
+        self.budgets = torch.ones(num_rows, dtype=torch.int32, device=device)
+        self.budgets_on_device = np.ones(num_rows, dtype=np.int32)
+        self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
+        self.scores = torch.empty(scratch_shape, device=device)
+        self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
+        self.workspace = ops.decode_workspace(
+            self.prefill_builder.num_heads_q // spec.num_kv_heads, spec.head_size, device
+        )
+        if tokens_per_decode > 1:
+            self.row_seq_lens = torch.zeros_like(self.budgets)
+            self.row_tables = torch.zeros(num_rows, blocks + 128, dtype=torch.int32, device=device)
+
+    def decode_rows(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodeRows:
+        """Lay out the rows of the batch's decodes."""
+        num_requests = len(decodes.query_lens)
+        seq_lens = batch.seq_lens[:num_requests]
+        block_table = batch.block_table_tensor[:num_requests]
+        budgets = decodes.budgets
+        if not decodes.one_row_each:
+            request = decodes.request_of_row()
+            budgets = budgets[request]
+            seq_lens, block_table = self._expand(
+                seq_lens, block_table, request, decodes.tokens_after_row()
+            )
+        num_rows = len(budgets)
+        if not np.array_equal(self.budgets_on_device[:num_rows], budgets):
+            self.budgets_on_device[:num_rows] = budgets
+            async_tensor_h2d(budgets, out=self.budgets[:num_rows])
+        return DecodeRows(
+            seq_lens=seq_lens,
+            block_table=block_table,
+            budgets=self.budgets[:num_rows],
+            unlimited=self.unlimited[:num_rows],
+            any_sparse=True,
+            scores=self.scores,
+            pages=self.pages,
+            workspace=self.workspace,
+        )
+
+    def _expand(
+        self, seq_lens: Tensor, block_table: Tensor, request: np.ndarray, tokens_after: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Give every row of a request its own length and table row, in tensors that stay."""
+        num_rows, width = len(request), block_table.shape[1]
+        device = seq_lens.device
+        request_of_row = async_tensor_h2d(request, device=device)
+        row_seq_lens, row_tables = self.row_seq_lens[:num_rows], self.row_tables[:num_rows, :width]
+        torch.sub(
+            seq_lens[request_of_row],
+            async_tensor_h2d(tokens_after, device=device),
+            out=row_seq_lens,
+        ).clamp_(min=0)
+        row_tables.copy_(block_table[request_of_row])
+        return row_seq_lens, row_tables
+
+    def plan_prefill(self, batch: CommonAttentionMetadata, first: int) -> FlashAttentionMetadata:
+        """FLASH_ATTN's metadata for the prefills of a batch: its requests from `first` on."""
+        if first > 0:
+            start = int(batch.query_start_loc_cpu[first])
+            upper_bound = batch.seq_lens_cpu_upper_bound
+            batch = batch.replace(
+                query_start_loc=batch.query_start_loc[first:] - start,
+                query_start_loc_cpu=batch.query_start_loc_cpu[first:] - start,
+                seq_lens=batch.seq_lens[first:],
+                num_reqs=batch.num_reqs - first,
+                num_actual_tokens=batch.num_actual_tokens - start,
+                block_table_tensor=batch.block_table_tensor[first:],
+                slot_mapping=batch.slot_mapping[start:],
+                seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound[first:],
+            )
+        return self.prefill_builder.build(0, batch)
+
+
+def attend_prefill(
+    impl: FlashAttentionImpl,
+    layer: Any,
+    query: Tensor,
+    kv_cache: Tensor,
+    plan: FlashAttentionMetadata,
+    output: Tensor,
+) -> None:
+    """Attend causally and in full.
+
+    Args:
+        impl: FLASH_ATTN's implementation for the layer.
+        layer: the vLLM layer.
+        query: `[num_tokens, num_heads, head_size]`.
+        kv_cache: `[num_blocks, num_kv_heads, block_tokens, 2 * head_size]`, without bounds.
+        plan: the batch's prefills.
+        output: `[num_tokens, num_heads, head_size]`.
+    """
+    impl.forward(layer, query, query, query, kv_cache, plan, output)
