@@ -109,14 +109,14 @@ def cpu_extension() -> NativeExtension:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit of $CUDA_HOME, or else of the nvcc on the PATH; None without either."""
+    """The CUDA toolkit of $CUDA_HOME (empty: none), or else of the nvcc on the PATH."""
     nvcc = shutil.which("nvcc")
     home = os.environ.get("CUDA_HOME")
     if home is None and nvcc is not None:
         home = subprocess.run(
             [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
         ).stderr.partition("#$ TOP=")[2]
-    return None if home is None else Path(home.splitlines()[0]).resolve()
+    return Path(home.splitlines()[0]).resolve() if home else None
 
 
 def cuda_extension(home: Path) -> NativeExtension:

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from engines import write_model
+from test_readme import SNIPPETS
 from vllm_quest.pass_keys import make_haystack
 
 START_LIMIT_S = 180
@@ -45,7 +46,6 @@ def serve(model: str, *options: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(demo_model, monkeypatch_module):
     monkeypatch_module.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch_module.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     quest = json.dumps({"quest": {"token_budget": 1024, "dense_layers": 0}})
     with serve(demo_model, "--attention-backend", "QUEST", "--additional-config", quest) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none")
@@ -99,13 +99,26 @@ def test_requests_with_budgets_of_their_own_share_the_server(client, demo_model,
     assert right[1] >= len(facts) - 1
 
 
-@pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024]])
+@pytest.mark.parametrize("value", [0, -2, 1.5, "1024", [1024]])
 def test_a_bad_budget_is_refused_and_the_server_goes_on(client, demo_model, haystack, value):
-    fact = haystack.facts[0]
+    prompt = "the code of amber falcon is"
     with pytest.raises(openai.BadRequestError) as error:
-        ask(client, demo_model, haystack, fact, **budget(value))
+        client.completions.create(model=demo_model, prompt=prompt, **budget(value))
     assert "quest_token_budget" in str(error.value)
+    assert "positive number of tokens" in str(error.value)
+    fact = haystack.facts[0]
     assert ask(client, demo_model, haystack, fact, **budget(4096)).strip() == fact.code
+
+
+def test_a_misspelt_field_is_refused_with_the_right_name(client, demo_model):
+    misspelt = {"extra_body": {"vllm_xargs": {"quest_budget": 1024}}}
+    with pytest.raises(openai.BadRequestError, match=r"quest_budget.*quest_token_budget"):
+        client.completions.create(model=demo_model, prompt="the code", **misspelt)
+
+
+def test_the_http_snippet_of_the_readme(client, demo_model):
+    exec(SNIPPETS[1], names := {"MODEL": demo_model, "URL": client.base_url})
+    assert names["completion"].choices[0].text
 
 
 def test_a_bad_setting_stops_the_server_with_one_line(tmp_path):
@@ -114,5 +127,7 @@ def test_a_bad_setting_stops_the_server_with_one_line(tmp_path):
     settings = ["--additional-config", '{"quest": {"token_budgets": 5}}']
     process = subprocess.run([*SERVE, model, *options, *settings], capture_output=True, text=True)
     assert process.returncode != 0
-    line = process.stderr.strip().splitlines()[-1]
-    assert "'token_budgets'" in line and "'token_budget'" in line
+    errors = process.stderr.split("Traceback")[-1].splitlines()
+    [line] = [line for line in errors if "'token_budgets'" in line]
+    assert "'token_budget'" in line
+    assert "EngineCore" not in process.stderr

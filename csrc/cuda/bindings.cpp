@@ -50,15 +50,15 @@ void check_group(const char* op, const Sizes& sizes) {
 }
 
 KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
-  return {.data = kv_cache.data_ptr(),
-          .block_stride = kv_cache.stride(0),
-          .head_stride = kv_cache.stride(1),
-          .dtype = kv_cache.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16
-                                                                  : DType::kFloat16,
-          .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
-          .head_size = static_cast<int>(sizes.head_size),
-          .block_tokens = static_cast<int>(sizes.block_tokens),
-          .page_size = static_cast<int>(sizes.page_size)};
+  return {
+      .data = kv_cache.data_ptr(),
+      .block_stride = kv_cache.stride(0),
+      .head_stride = kv_cache.stride(1),
+      .dtype = kv_cache.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16,
+      .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+      .head_size = static_cast<int>(sizes.head_size),
+      .block_tokens = static_cast<int>(sizes.block_tokens),
+      .page_size = static_cast<int>(sizes.page_size)};
 }
 
 int32_t* int32s(const Tensor& tensor, int64_t row = 0) {
@@ -76,8 +76,7 @@ Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& bu
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -125,17 +124,16 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
   check_aligned(op, {"query", query});
   const DeviceGuard guard(kv_cache.get_device_index());
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
-    check_launch(
-        op, score({.cache = cache_of(kv_cache, sizes),
-                   .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
-                   .query = row_of(query, row),
-                   .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
-                   .query_row_stride = query.stride(0),
-                   .query_head_stride = query.stride(1),
-                   .scores_row_stride = scores.stride(0),
-                   .scores_head_stride = scores.stride(1),
-                   .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)},
-                  current_stream(kv_cache)));
+    check_launch(op, score({.cache = cache_of(kv_cache, sizes),
+                            .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
+                            .query = row_of(query, row),
+                            .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
+                            .query_row_stride = query.stride(0),
+                            .query_head_stride = query.stride(1),
+                            .scores_row_stride = scores.stride(0),
+                            .scores_head_stride = scores.stride(1),
+                            .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)},
+                           current_stream(kv_cache)));
   });
 }
 
@@ -191,28 +189,26 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
               join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
   auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
   auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
-  auto* const partial_weight =
-      partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
+  auto* const partial_weight = partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
-    check_launch(
-        op, sparse_decode({.cache = cache_of(kv_cache, sizes),
-                           .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
-                           .query = row_of(query, row),
-                           .pages = int32s(pages, row),
-                           .out = row_of(out, row),
-                           .arrivals = arrivals,
-                           .partial_out = partial_out,
-                           .partial_weight = partial_weight,
-                           .query_row_stride = query.stride(0),
-                           .query_head_stride = query.stride(1),
-                           .pages_row_stride = pages.stride(0),
-                           .pages_head_stride = pages.stride(1),
-                           .out_row_stride = out.stride(0),
-                           .out_head_stride = out.stride(1),
-                           .group_size = static_cast<int>(group_size),
-                           .scale = static_cast<float>(scale),
-                           .soft_cap = static_cast<float>(soft_cap)},
-                          current_stream(kv_cache)));
+    check_launch(op, sparse_decode({.cache = cache_of(kv_cache, sizes),
+                                    .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
+                                    .query = row_of(query, row),
+                                    .pages = int32s(pages, row),
+                                    .out = row_of(out, row),
+                                    .arrivals = arrivals,
+                                    .partial_out = partial_out,
+                                    .partial_weight = partial_weight,
+                                    .query_row_stride = query.stride(0),
+                                    .query_head_stride = query.stride(1),
+                                    .pages_row_stride = pages.stride(0),
+                                    .pages_head_stride = pages.stride(1),
+                                    .out_row_stride = out.stride(0),
+                                    .out_head_stride = out.stride(1),
+                                    .group_size = static_cast<int>(group_size),
+                                    .scale = static_cast<float>(scale),
+                                    .soft_cap = static_cast<float>(soft_cap)},
+                                   current_stream(kv_cache)));
   });
 }
 

@@ -126,10 +126,10 @@ struct MatrixA {
 template <typename T>
 struct Element;
 
-#define QUEST_MMA(type)                                                                  \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                           \
+#define QUEST_MMA(type)                                                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                 \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                               \
       : "r"(a.word[0][0]), "r"(a.word[1][0]), "r"(a.word[0][1]), "r"(a.word[1][1]), "r"(b0), \
         "r"(b1))
 

@@ -1,4 +1,5 @@
-// How the launchers start a kernel: the GPU's size, the grid, the instantiation for a model's shape.
+// How the launchers start a kernel: the GPU's size, the grid, the instantiation for a model's
+// shape.
 #pragma once
 
 #include <cuda_bf16.h>

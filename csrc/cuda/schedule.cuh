@@ -18,7 +18,8 @@ __device__ __forceinline__ bool over_budget(int seq_len, int budget_pages, int p
   return div_up(seq_len, page_size) > budget_pages;
 }
 
-// Consecutive chunks of one (row, KV head): numbers [0, count) there, [first, first + count) in all.
+// Consecutive chunks of one (row, KV head): numbers [0, count) there, [first, first + count) in
+// all.
 struct Segment {
   int row, head;
   int first, count;

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTilePages = 16;                        // that a warp scores at a time
-constexpr int kChunkPages = kWarps * kTilePages;      // of one (row, KV head)
-constexpr int kPlannedChunks = 16;                    // whose pages are looked up at a time
+constexpr int kTilePages = 16;                    // that a warp scores at a time
+constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
+constexpr int kPlannedChunks = 16;                // whose pages are looked up at a time
 
 struct Chunk {
   int row, head;
@@ -77,9 +77,8 @@ __global__ void __launch_bounds__(kThreads, kHeadSize <= 128 && kGroupTiles == 1
       const int block = load_once(p.rows.block_table + chunk.row * p.rows.block_table_stride +
                                   page / pages_per_block);
       const int row_in_block = p.cache.block_tokens + page % pages_per_block;
-      plan.bounds[i / kChunkPages][i % kChunkPages] = block * p.cache.block_stride +
-                                                      chunk.head * p.cache.head_stride +
-                                                      row_in_block * row_size;
+      plan.bounds[i / kChunkPages][i % kChunkPages] =
+          block * p.cache.block_stride + chunk.head * p.cache.head_stride + row_in_block * row_size;
     }
     __syncthreads();
     if (is_first_plan) {
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kHeadSize <= 128 && kGroupTiles == 1
       const Chunk& chunk = plan.chunks[i];
       return i < num_chunks && chunk.first_page + warp * kTilePages < chunk.num_pages;
     };
-    const auto load_bounds = [&](int i, int column, Vec (&bounds)[2][kVecs]) {
+    const auto load_bounds = [&](int i, int column, Vec(&bounds)[2][kVecs]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const T* row = cache + plan.bounds[i][warp * kTilePages + half * 8 + r] + column + 8 * c;
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kHeadSize <= 128 && kGroupTiles == 1
       const bool scores_tile = has_tile(i), loads_tile = i + 1 < num_chunks && has_tile(i + 1);
 
       float sum[kGroupTiles][2][4] = {};  // the two sums of a tile shorten the chain of products
-      const auto add_products = [&](const Vec (&bounds)[2][kVecs], bool are_low) {
+      const auto add_products = [&](const Vec(&bounds)[2][kVecs], bool are_low) {
         const auto part = [&](uint32_t q) {
           return are_low ? min_pair<T>(q, 0) : max_pair<T>(q, 0);
         };

@@ -41,8 +41,8 @@ struct Found {
   int digit, above, equal;
 };
 
-// What all threads of a CTA do together. They hold pages in the order [warp, group of 32, lane], and
-// keep kKept keys each in registers, or, where it is 0, load any number of them at every pass.
+// What all threads of a CTA do together. They hold pages in the order [warp, group of 32, lane],
+// and keep kKept keys each in registers, or, where it is 0, load any number of them at every pass.
 template <int kThreads, int kKept>
 class Selection {
  public:
@@ -199,7 +199,8 @@ class Selection {
 };
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_kernel(const __grid_constant__ SelectParams p) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    select_kernel(const __grid_constant__ SelectParams p) {
   // grid: [CTAs that the GPU holds]; a CTA selects for its share of the (row, KV head) pairs.
   using Kept = Selection<kThreads, kKeptKeys>;
   using Loaded = Selection<kThreads, 0>;
@@ -209,10 +210,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_kernel(const
     typename Loaded::Shared loaded;
   } shared;
 
-  const Schedule schedule =
-      Schedule::build<kThreads>(p.num_rows, p.num_kv_heads, row_end, [&](int row) {
-        return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0;
-      });
+  const Schedule schedule = Schedule::build<kThreads>(
+      p.num_rows, p.num_kv_heads, row_end,
+      [&](int row) { return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0; });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
   if (begin == end) return;
   wait_for_previous_kernel();
@@ -222,9 +222,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) select_kernel(const
     const Segment segment = schedule.segment(pair);
     const int newest = div_up(p.seq_lens[segment.row], p.page_size) - 1;
     const int budget = p.budgets[segment.row];
-    const Keys keys = {p.scores + segment.row * p.scores_row_stride +
-                           segment.head * p.scores_head_stride,
-                       newest};
+    const Keys keys = {
+        p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride, newest};
     int32_t* pages =
         p.pages + segment.row * p.pages_row_stride + segment.head * p.pages_head_stride;
 

@@ -7,12 +7,13 @@
 //     logits  [16 positions x 8 query heads]   = keys [16 x head_size] * query^T
 //     out^T   [head_size x 8 query heads]     += values^T [head_size x 16] * weights
 //
-// What a lane needs of a tile is copied to its own places in shared memory, keys and values in turn,
-// while the tile before is attended to.
+// What a lane needs of a tile is copied to its own places in shared memory, keys and values in
+// turn, while the tile before is attended to.
 //
-// A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs (schedule.cuh). What a
-// CTA's warps found for one (row, KV head) is merged in shared memory; where several CTAs share it,
-// each leaves its part in the workspace, and the last to arrive merges them, in the CTAs' order.
+// A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs
+// (schedule.cuh). What a CTA's warps found for one (row, KV head) is merged in shared memory; where
+// several CTAs share it, each leaves its part in the workspace, and the last to arrive merges them,
+// in the CTAs' order.
 //
 // Bytes: 4 * head_size per attended token and KV head, each read once. Nothing else counts.
 #include <algorithm>
@@ -152,8 +153,8 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
         const int page_size = p_.cache.page_size;
         int page = position / page_size;
         if (over_budget(p_.rows.seq_lens[row], p_.rows.budgets[row], page_size)) {
-          page = load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride +
-                           page);
+          page =
+              load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride + page);
         }
         const int token = page * page_size + position % page_size;
         const int block = load_once(p_.rows.block_table + row * p_.rows.block_table_stride +
@@ -190,7 +191,8 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
       for (int half = 0; half < 2; ++half) {
         const T* key = cache_row(i, half, r_, rest) + 8 * c_;
 #pragma unroll
-        for (int j = 0; j < kVecs; ++j) copy_once(&shared_.keys[warp_][half][j][lane_], key + 32 * j);
+        for (int j = 0; j < kVecs; ++j)
+          copy_once(&shared_.keys[warp_][half][j][lane_], key + 32 * j);
       }
     }
     commit_copies();
@@ -277,7 +279,7 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
     constexpr float kLog2E = 1.44269504088896340736f;
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
-      float(&x)[4] = logits[tile];
+      float (&x)[4] = logits[tile];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (p_.soft_cap > 0.0f) {
@@ -388,7 +390,7 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
         for (int k = 0; k < 2; ++k) {
           if (2 * c_ + k >= num_heads) continue;
           float4* to = reinterpret_cast<float4*>(&shared_.slab[warp_][2 * c_ + k][8 * r_]);
-          const float(&x)[4][4] = out_[tile][slab];
+          const float (&x)[4][4] = out_[tile][slab];
           const float f = factor[tile][k];
           to[0] = make_float4(x[0][k] * f, x[0][k + 2] * f, x[1][k] * f, x[1][k + 2] * f);
           to[1] = make_float4(x[2][k] * f, x[2][k + 2] * f, x[3][k] * f, x[3][k + 2] * f);
@@ -456,8 +458,8 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
       for (int cta = first_cta; cta <= last_cta; ++cta) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
         const float2 weight = load_once(reinterpret_cast<const float2*>(p_.partial_weight) + row);
-        const float4 values = load_once(
-            reinterpret_cast<const float4*>(p_.partial_out + row * kHeadSize + dim));
+        const float4 values =
+            load_once(reinterpret_cast<const float4*>(p_.partial_out + row * kHeadSize + dim));
         const float new_maximum = fmaxf(maximum, weight.x);
         const float old_factor = rescale(maximum, new_maximum);
         const float factor = rescale(weight.x, new_maximum);
@@ -500,9 +502,8 @@ __global__ void __launch_bounds__(Sizes<kHeadSize, kGroupTiles>::kThreads,
   int* row_end = reinterpret_cast<int*>(shared_memory + sizeof(shared));
 
   const Schedule schedule = Schedule::build<Decode::kThreads>(
-      p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
-        return max(1, div_up(Decode::num_tokens(p, row), Decode::kChunkTokens));
-      });
+      p.rows.num_rows, p.cache.num_kv_heads, row_end,
+      [&](int row) { return max(1, div_up(Decode::num_tokens(p, row), Decode::kChunkTokens)); });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
   if (begin == end) return;
   wait_for_previous_kernel();

@@ -48,7 +48,8 @@ class RunWriter {
 
   __device__ void run() {
     const int count = count_slots();
-    const int first = static_cast<int>(p_.slot_mapping[last_slot_ - count + 1] % p_.cache.page_size);
+    const int first =
+        static_cast<int>(p_.slot_mapping[last_slot_ - count + 1] % p_.cache.page_size);
     // Keys of the page that this run does not write: those before it, and any that it skips.
     const int num_stored = last_ - first + 1 == count ? first : last_ + 1;
 
@@ -59,8 +60,8 @@ class RunWriter {
     T* block_rows = static_cast<T*>(p_.cache.data) + block * p_.cache.block_stride +
                     head_ * p_.cache.head_stride;
     T* page_rows = block_rows + token_in_block * row_size;
-    T* bounds = block_rows +
-                (p_.cache.block_tokens + token_in_block / p_.cache.page_size) * row_size;
+    T* bounds =
+        block_rows + (p_.cache.block_tokens + token_in_block / p_.cache.page_size) * row_size;
 
     for (int column = Vec::kElements * lane_; column < row_size;
          column += Vec::kElements * kWarpSize) {

@@ -66,7 +66,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on another device."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors = {
+            k: v.to(device, copy=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors)
 
     def score(self, module=ops) -> Tensor:

@@ -307,7 +307,8 @@ def test_results_are_repeatable_bit_for_bit() -> None:
 
 def test_a_captured_graph_serves_other_lengths() -> None:
     shape = Shape(num_kv_heads=4)
-    captured = make_batch(shape, [1, 1, 1, 1], 40, DEVICE, max_tokens=8192)
+    captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
+    captured.seq_lens.fill_(1)
     captured.run()  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -317,10 +318,7 @@ def test_a_captured_graph_serves_other_lengths() -> None:
         captured.query.copy_(batch.query)
         captured.block_table.copy_(batch.block_table)
         captured.seq_lens.copy_(batch.seq_lens)
-        num_blocks = min(len(captured.kv_cache), len(batch.kv_cache))
-        in_reach = (captured.block_table < num_blocks) | (captured.block_table >= 2**30)
-        assert num_blocks == len(batch.kv_cache) or in_reach.all()
-        captured.kv_cache[:num_blocks].copy_(batch.kv_cache[:num_blocks])
+        captured.kv_cache[: len(batch.kv_cache)].copy_(batch.kv_cache)
         graph.replay()
         assert same_bits(captured.out, batch.run())
 

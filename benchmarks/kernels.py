@@ -1,0 +1,382 @@
+"""Times the CUDA operators for one decode step of one layer, beside dense FlashAttention 3.
+
+Each time is the median over replays of a CUDA graph that visits several layers in turn, so that a
+layer's pages have left the L2 cache when it comes around again. `copy` is the bandwidth of a large
+device-to-device copy measured first, bytes read and written; `limit` is the time that QUEST's bytes
+take at that bandwidth, and the ratio to dense that it would allow.
+
+    python benchmarks/kernels.py                          # the reference table
+    python benchmarks/kernels.py --cases 1x4K 1x512K      # where QUEST starts to pay
+    python benchmarks/kernels.py --cases 8x32K/32/32 --page-size 32 --budgets 512 2048 8192
+"""
+
+import argparse
+import gc
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from report import print_machine, print_table, write_json
+from vllm_quest import ops
+
+REFERENCE_CASES = (
+    "1x32K 1x128K 8x32K 8x32K/32/32 8x128K 32x32K 64x16K 8x2K"  # rows x context / heads / KV heads
+)
+DEVICE = torch.device("cuda")
+COLD_BYTES = 256 << 20
+"""What is read between two visits of a layer: several times the L2 cache."""
+MEMORY_BYTES = 40 << 30
+"""What all layers of a case may take together."""
+COPY_BYTES = 4 << 30
+REPLAY_MS = 40.0
+"""How long each time is measured for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    context_tokens: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    budget_tokens: int
+    page_size: int
+    dtype: torch.dtype
+
+    @property
+    def pages(self) -> int:
+        return -(-self.context_tokens // self.page_size)
+
+    @property
+    def budget_pages(self) -> int:
+        return -(-self.budget_tokens // self.page_size)
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.pages > self.budget_pages
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's key and value, or of one page's bounds, for all KV heads."""
+        return 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.rows * self.context_tokens * self.row_bytes
+
+    @property
+    def score_bytes(self) -> int:
+        return self.rows * self.pages * self.row_bytes if self.is_sparse else 0
+
+    @property
+    def select_bytes(self) -> int:
+        return 4 * self.rows * self.kv_heads * self.pages if self.is_sparse else 0
+
+    @property
+    def decode_bytes(self) -> int:
+        tokens = min(self.context_tokens, self.budget_tokens)
+        return self.rows * tokens * self.row_bytes
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {in_k(self.context_tokens)}, {self.heads}/{self.kv_heads}"
+
+
+def in_k(tokens: int) -> str:
+    return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
+
+
+class Layer:
+    """One layer's cache, with random keys and values in scattered blocks, and its block table."""
+
+    def __init__(self, case: Case) -> None:
+        pages = case.rows * case.pages
+        sizes = (pages, case.kv_heads, case.page_size + 1, 2 * case.head_size)
+        self.kv_cache = torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_()
+        for part in self.kv_cache.split(1 + (1 << 29) // self.kv_cache[0].nbytes):
+            keys = part[:, :, : case.page_size, : case.head_size]
+            part[:, :, case.page_size, : case.head_size] = keys.amin(dim=2)
+            part[:, :, case.page_size, case.head_size :] = keys.amax(dim=2)
+        self.block_table = torch.randperm(pages, device=DEVICE).int().view(case.rows, -1)
+
+
+class DecodeStep:
+    """The operators' arguments that all layers share, as in a model's decode step."""
+
+    def __init__(self, case: Case, layers: Sequence[Layer]) -> None:
+        self.case, self.layers = case, layers
+        rows_heads = (case.rows, case.kv_heads)
+        self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
+        self.budgets = torch.full_like(self.seq_lens, case.budget_pages)
+        self.query = torch.randn(case.rows, case.heads, case.head_size, device=DEVICE).to(
+            case.dtype
+        )
+        self.key = torch.randn(*rows_heads, case.head_size, device=DEVICE).to(case.dtype)
+        self.out = torch.empty_like(self.query)
+        self.scores = torch.empty(*rows_heads, case.pages, device=DEVICE)
+        self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
+        self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
+        last = case.context_tokens - 1
+        self.slots = [
+            layer.block_table[:, last // case.page_size].long() * case.page_size
+            + last % case.page_size
+            for layer in layers
+        ]
+
+    def write_kv(self, i: int) -> None:
+        ops.write_kv(
+            self.key, self.key, self.layers[i].kv_cache, self.slots[i], self.case.page_size
+        )
+
+    def score(self, i: int) -> None:
+        layer = self.layers[i]
+        ops.score(
+            self.query,
+            layer.kv_cache,
+            layer.block_table,
+            self.seq_lens,
+            self.budgets,
+            self.case.page_size,
+            self.scores,
+        )
+
+    def select(self, i: int) -> None:
+        ops.select(self.scores, self.seq_lens, self.budgets, self.case.page_size, self.pages)
+
+    def sparse_decode(self, i: int) -> None:
+        layer = self.layers[i]
+        ops.sparse_decode(
+            self.query,
+            layer.kv_cache,
+            layer.block_table,
+            self.seq_lens,
+            self.budgets,
+            self.pages,
+            self.case.page_size,
+            self.case.head_size**-0.5,
+            0.0,
+            self.out,
+            self.workspace,
+        )
+
+    def all_stages(self, i: int) -> None:
+        self.score(i)
+        self.select(i)
+        self.sparse_decode(i)
+
+
+class DenseStep:
+    """FlashAttention 3 as vLLM's FLASH_ATTN calls it in a full CUDA graph, on a cache it made."""
+
+    MAX_SPLITS = 32  # attention_config.flash_attn_max_num_splits_for_cuda_graph
+
+    def __init__(self, case: Case) -> None:
+        from vllm.vllm_flash_attn import get_scheduler_metadata
+
+        self.case = case
+        num_layers = layers_for(case, case.dense_bytes)
+        pages = case.rows * case.pages
+        sizes = (pages, case.page_size, case.kv_heads, 2 * case.head_size)
+        self.caches = [
+            torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_() for _ in range(num_layers)
+        ]
+        self.block_tables = [
+            torch.randperm(pages, device=DEVICE).int().view(case.rows, -1)
+            for _ in range(num_layers)
+        ]
+        self.query = torch.randn(case.rows, case.heads, case.head_size, device=DEVICE).to(
+            case.dtype
+        )
+        self.out = torch.empty_like(self.query)
+        self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
+        self.query_start = torch.arange(case.rows + 1, dtype=torch.int32, device=DEVICE)
+        self.scheduler_metadata = get_scheduler_metadata(
+            batch_size=case.rows,
+            max_seqlen_q=1,
+            max_seqlen_k=case.context_tokens,
+            num_heads_q=case.heads,
+            num_heads_kv=case.kv_heads,
+            headdim=case.head_size,
+            cache_seqlens=self.seq_lens,
+            qkv_dtype=case.dtype,
+            cu_seqlens_q=self.query_start,
+            page_size=case.page_size,
+            causal=True,
+            num_splits=self.MAX_SPLITS,
+        )
+
+    def attend(self, i: int) -> None:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        head_size = self.case.head_size
+        flash_attn_varlen_func(
+            q=self.query,
+            k=self.caches[i][..., :head_size],
+            v=self.caches[i][..., head_size:],
+            out=self.out,
+            cu_seqlens_q=self.query_start,
+            max_seqlen_q=1,
+            seqused_k=self.seq_lens,
+            max_seqlen_k=self.case.context_tokens,
+            softmax_scale=head_size**-0.5,
+            causal=True,
+            block_table=self.block_tables[i],
+            scheduler_metadata=self.scheduler_metadata,
+            fa_version=3,
+            num_splits=self.MAX_SPLITS,
+        )
+
+
+def layers_for(case: Case, bytes_per_visit: int) -> int:
+    """How many layers make each of them cold, within memory; at least 2."""
+    return max(2, min(-(-COLD_BYTES // bytes_per_visit), MEMORY_BYTES // case.dense_bytes, 64))
+
+
+def time_us(visit: Callable[[int], None], num_layers: int) -> float:
+    """Median time of one visit of one layer."""
+    for i in range(num_layers):
+        visit(i)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(num_layers):
+            visit(i)
+
+    def replay_ms() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    replay_ms()
+    replays = max(7, min(100, int(REPLAY_MS / replay_ms())))
+    return statistics.median(replay_ms() for _ in range(replays)) * 1000 / num_layers
+
+
+def copy_bytes_per_us() -> float:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / time_us(lambda _: target.copy_(source), 1)
+
+
+def fa3_missing() -> str | None:
+    """Why FlashAttention 3 cannot be timed here; None if it can."""
+    try:
+        from vllm.vllm_flash_attn import fa_version_unsupported_reason, is_fa_version_supported
+    except ImportError as error:
+        return str(error)
+    return None if is_fa_version_supported(3) else fa_version_unsupported_reason(3)
+
+
+def run(case: Case, copy: float, with_dense: bool) -> dict[str, Any]:
+    """Time one case; `copy` in bytes per microsecond."""
+    coldest = min(filter(None, [case.score_bytes, case.decode_bytes]))
+    layers = [Layer(case) for _ in range(layers_for(case, coldest))]
+    step = DecodeStep(case, layers)
+    step.all_stages(0)  # the later stages' times are of what the earlier ones found
+    write = time_us(step.write_kv, len(layers))
+    score = time_us(step.score, len(layers))
+    select = time_us(step.select, len(layers))
+    decode = time_us(step.sparse_decode, len(layers))
+    total = time_us(step.all_stages, len(layers))
+    limit = (case.score_bytes + case.select_bytes + case.decode_bytes) / copy
+
+    row: dict[str, Any] = {
+        "rows x context, heads": str(case),
+        "page": case.page_size,
+        "budget": case.budget_tokens,
+        "write µs": write,
+        "score µs": score,
+        "score GB/s": case.score_bytes / score / 1000,
+        "score % copy": 100 * case.score_bytes / score / copy,
+        "select µs": select,
+        "decode µs": decode,
+        "decode GB/s": case.decode_bytes / decode / 1000,
+        "decode % copy": 100 * case.decode_bytes / decode / copy,
+        "total µs": total,
+        "limit µs": limit,
+    }
+    del step, layers
+    free_memory()
+    if with_dense:
+        dense_step = DenseStep(case)
+        dense = time_us(dense_step.attend, len(dense_step.caches))
+        row |= {"FA3 µs": dense, "ratio": dense / total, "limit": dense / limit}
+        del dense_step
+        free_memory()
+    return row
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def parse_case(text: str, args: argparse.Namespace, budget_tokens: int) -> Case:
+    match = re.fullmatch(r"(\d+)x(\d+)(K?)(?:/(\d+)/(\d+))?", text)
+    if match is None:
+        raise SystemExit(f"--cases: expected ROWSxTOKENS or ROWSxTOKENS/HEADS/KV_HEADS, got {text}")
+    rows, context, k, heads, kv_heads = match.groups()
+    return Case(
+        rows=int(rows),
+        context_tokens=int(context) << (10 if k else 0),
+        heads=int(heads or args.heads),
+        kv_heads=int(kv_heads or args.kv_heads),
+        head_size=args.head_size,
+        budget_tokens=budget_tokens,
+        page_size=args.page_size,
+        dtype=getattr(torch, args.dtype),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=REFERENCE_CASES.split(),
+        metavar="ROWSxTOKENS[/HEADS/KV_HEADS]",
+        help="decode rows and the context that each has (default: %(default)s)",
+    )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[2048], metavar="TOKENS")
+    parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--heads", type=int, default=32, help="query heads of cases without any")
+    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of cases without any")
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--no-dense", action="store_true", help="leave out FlashAttention 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a GPU; see cpu_ops.py for the CPU")
+
+    torch.manual_seed(0)
+    print_machine()
+    print(f"{args.dtype}, head size {args.head_size}")
+    copy = copy_bytes_per_us()
+    free_memory()
+    print(f"copy: {copy / 1000:.0f} GB/s")
+    missing = "left out" if args.no_dense else fa3_missing()
+    if missing:
+        print(f"FlashAttention 3: {missing}")
+    rows = []
+    for text in args.cases:
+        for budget in args.budgets:
+            rows.append(run(parse_case(text, args, budget), copy, with_dense=not missing))
+            print_table(rows[-1:])
+    print()
+    print_table(rows)
+    if args.json:
+        write_json(args.json, f"benchmarks/kernels.py {' '.join(sys.argv[1:])}", rows)
+
+
+if __name__ == "__main__":
+    main()
