@@ -182,6 +182,14 @@ def test_selection_equals_the_reference_ties_included(data: st.DataObject) -> No
     assert torch.equal(found, expected)
 
 
+def test_zeros_of_both_signs_are_equal_scores() -> None:
+    scores = torch.tensor([[[-0.0, 0.0, -0.0, 0.0, -1.0, 5.0]]])
+    pages = torch.zeros(1, 1, 3, dtype=torch.int32)
+    lens, budgets = torch.tensor([[6 * 8], [3]], dtype=torch.int32)
+    ops.select(scores, lens, budgets, 8, pages)
+    assert pages.tolist() == [[[0, 1, 5]]]
+
+
 def test_selection_equals_the_reference_over_many_pages() -> None:
     scores = torch.randn(2, 2, 5000).mul(4).round(decimals=1)
     seq_lens = torch.tensor([8 * 5000, 8 * 4097], dtype=torch.int32)

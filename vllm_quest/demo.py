@@ -24,7 +24,7 @@ from vllm_quest.pass_keys import CODE_WORDS, Fact, Haystack, make_haystack
 
 MODEL = Path(__file__).parent / "demo_model"
 START_LIMIT_S = 240
-NUM_FACTS = 128
+TOKENS_PER_FACT = 128
 TOKENS_PER_ANSWER = 32
 SETTINGS = QuestConfig(dense_layers=0)
 """The bundled model retrieves in its first layers, so dense ones would hide QUEST's work."""
@@ -50,11 +50,12 @@ class Outcome:
 
 def run_demo(*, context_tokens: int, num_questions: int, budgets: list[int], seed: int) -> int:
     """Serve, ask, print the table. Returns the exit status."""
-    haystack = make_haystack(context_tokens, NUM_FACTS, seed=seed)
-    asked = haystack.facts[:: max(1, NUM_FACTS // num_questions)][:num_questions]
+    num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
+    haystack = make_haystack(context_tokens, num_facts, seed=seed)
+    asked = haystack.facts[:: num_facts // num_questions][:num_questions]
     outcomes = [Outcome(budget) for budget in (UNLIMITED, *budgets)]
 
-    print(f"{len(asked)} pass keys among {NUM_FACTS}, hidden in {haystack.num_tokens} tokens:")
+    print(f"{len(asked)} pass keys among {num_facts}, hidden in {haystack.num_tokens} tokens:")
     print(f"  ... {asked[0].sentence} ...")
     with (
         _server() as url,

@@ -19,7 +19,8 @@ struct alignas(16) Vec {
 
 // Wait until the kernels before this one in the stream have finished, and their stores are visible.
 // Above this line a kernel reads only what no kernel of this library writes (lengths, budgets, page
-// tables, slots: long complete) and writes nothing in device memory.
+// tables, slots: long complete) and writes nothing in device memory. CTAs without work wait as
+// well: a kernel that finished before its predecessor would let the next one start too early.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

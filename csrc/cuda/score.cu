@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, kHeadSize <= 128 && kGroupTiles == 1
   Vec low[2][kVecs], high[2][kVecs];  // bounds of the tile's rows r and r + 8
   Vec query[kGroupTiles][kVecs];      // of query head r of each group tile
 
+  if (begin == end) wait_for_previous_kernel();
   bool is_first_plan = true;
   for (int planned = begin; planned < end; planned += kPlannedChunks) {
     const int num_chunks = min(kPlannedChunks, end - planned);

@@ -214,7 +214,6 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
       p.num_rows, p.num_kv_heads, row_end,
       [&](int row) { return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0; });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
-  if (begin == end) return;
   wait_for_previous_kernel();
   release_next_kernel();
 

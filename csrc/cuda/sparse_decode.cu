@@ -505,10 +505,9 @@ __global__ void __launch_bounds__(Sizes<kHeadSize, kGroupTiles>::kThreads,
       p.rows.num_rows, p.cache.num_kv_heads, row_end,
       [&](int row) { return max(1, div_up(Decode::num_tokens(p, row), Decode::kChunkTokens)); });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
-  if (begin == end) return;
   wait_for_previous_kernel();
   release_next_kernel();
-  Decode(p, shared).run(schedule, begin, end);
+  if (begin < end) Decode(p, shared).run(schedule, begin, end);
 }
 
 }  // namespace
