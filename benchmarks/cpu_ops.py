@@ -1,7 +1,7 @@
 """Times the CPU operators for one decode step of one layer, beside vLLM's CPU_ATTN.
 
 Layers are visited in turn, so that, as in a model, a layer's pages have left the CPU's caches when
-it comes around again. Prints the median over rounds.
+it comes around again. Prints the median over calls.
 
     python benchmarks/cpu_ops.py --threads 1 --contexts 1024 32768
 """
@@ -164,14 +164,14 @@ class Step:
 
 
 def median_us(run: Callable[[Tensor], None], caches: list[Tensor], rounds: int) -> float:
-    """Of one layer: each round visits every layer once."""
+    """Of one call on one layer. Each round visits every layer once; the first warms up."""
     times_us = []
     for _ in range(rounds + 1):
-        start = time.perf_counter()
         for cache in caches:
+            start = time.perf_counter()
             run(cache)
-        times_us.append((time.perf_counter() - start) * 1e6 / len(caches))
-    return statistics.median(times_us[1:])
+            times_us.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times_us[len(caches) :])
 
 
 def print_row(step: Step, rounds: int) -> None:
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--block-tokens", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

@@ -13,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
 VOCABULARY = 512
+ON_GPU = torch.cuda.is_available()
+DENSE = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
+"""The backend that QUEST is compared with."""
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,7 +71,7 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[TokensPrompt]:
 def engine(
     model: str, backend: str = "QUEST", quest: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[LLM]:
-    """Run an engine in this process; a model with random weights in fp32, which leaves no ties."""
+    """Run an engine in this process; random weights in fp32 where it may be, against near-ties."""
     has_tokenizer = (Path(model) / "tokenizer.json").exists()
     defaults: dict[str, Any] = {
         "attention_backend": backend,
@@ -77,7 +80,7 @@ def engine(
         "kv_cache_memory_bytes": 1 << 28,
         "disable_log_stats": False,
         "skip_tokenizer_init": not has_tokenizer,
-        "dtype": "auto" if has_tokenizer else "float32",
+        "dtype": "auto" if has_tokenizer else "float16" if ON_GPU else "float32",
         "load_format": "auto" if (Path(model) / "model.safetensors").exists() else "dummy",
     }
     llm = LLM(model, **(defaults | options))

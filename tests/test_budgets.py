@@ -4,15 +4,15 @@ import random
 
 import numpy as np
 import pytest
-from engines import engine, greedy, random_prompts, token_ids, write_model, write_weights
 
+from engines import engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
 from vllm_quest.budgets import SERVER_DEFAULT, requested_budget
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024], None, {}])
 def test_a_bad_budget_is_named_with_what_is_allowed(value):
-    with pytest.raises(ValueError, match="quest_token_budget is .*; allowed: a positive number"):
+    with pytest.raises(ValueError, match=r"quest_token_budget is .*; allowed: a positive number"):
         requested_budget({"quest_token_budget": value})
 
 

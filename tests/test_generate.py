@@ -1,7 +1,7 @@
 """QUEST inside vLLM, offline: whatever batches vLLM makes, the answers are right.
 
-With a budget that covers the context QUEST must answer as CPU_ATTN does, token for token. Random
-weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
+With a budget that covers the context QUEST must answer as dense attention does, token for token.
+Random weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
 """
 
 import importlib
@@ -9,9 +9,10 @@ import random
 import sys
 
 import pytest
-import torch
 
 from engines import (
+    DENSE,
+    ON_GPU,
     counter,
     engine,
     generate,
@@ -21,8 +22,6 @@ from engines import (
     write_model,
     write_weights,
 )
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares with CPU_ATTN")
 
 COVERING = {"token_budget": -1}
 EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 300, 700]
@@ -37,7 +36,7 @@ SHAPES = {
     "grouped": {},
     "one query head per KV head": {"num_key_value_heads": 4},
     "three query heads per KV head": {"hidden_size": 384, "num_attention_heads": 6},
-    "head size 80": {"head_dim": 80},
+    **({} if ON_GPU else {"head size 80": {"head_dim": 80}}),
     "head size 96": {"head_dim": 96},
     "head size 128": {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "head size 256": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -60,7 +59,7 @@ def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
     path = write_weights(write_model(tmp_path, **SHAPES[shape]))
     prompts = random_prompts(EDGE_LENGTHS)
     chunked = {"max_num_batched_tokens": 200, "max_num_seqs": 6}
-    dense = generate(path, prompts, greedy(20), backend="CPU_ATTN", **chunked)
+    dense = generate(path, prompts, greedy(20), backend=DENSE, **chunked)
     assert generate(path, prompts, greedy(20), quest=COVERING, **chunked) == dense
 
 
@@ -69,7 +68,7 @@ def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
 )
 def test_pages_may_be_smaller_than_blocks(model, page_size, block_size):
     prompts = random_prompts(EDGE_LENGTHS)
-    dense = generate(model, prompts, greedy(8), backend="CPU_ATTN")
+    dense = generate(model, prompts, greedy(8), backend=DENSE)
     covering = {"token_budget": 2048, "page_size": page_size, "dense_layers": 0}
     assert generate(model, prompts, greedy(8), quest=covering, block_size=block_size) == dense
 
@@ -77,14 +76,14 @@ def test_pages_may_be_smaller_than_blocks(model, page_size, block_size):
 def test_a_small_budget_changes_the_answer(model):
     """Or the tests above would show nothing."""
     prompts = random_prompts([700])
-    dense = generate(model, prompts, greedy(20), backend="CPU_ATTN")
+    dense = generate(model, prompts, greedy(20), backend=DENSE)
     sparse = {"token_budget": 16, "dense_layers": 0}
     assert generate(model, prompts, greedy(20), quest=sparse) != dense
 
 
 def test_dense_layers_alone_are_dense(model):
     prompts = random_prompts([700])
-    dense = generate(model, prompts, greedy(20), backend="CPU_ATTN")
+    dense = generate(model, prompts, greedy(20), backend=DENSE)
     all_dense = {"token_budget": 16, "dense_layers": 3}
     assert generate(model, prompts, greedy(20), quest=all_dense) == dense
 
@@ -95,13 +94,13 @@ def test_hundreds_of_requests_of_very_different_lengths(model):
     prompts = random_prompts(lengths)
     params = [greedy(rng.randint(1, 24)) for _ in prompts]
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
-    dense = generate(model, prompts, params, backend="CPU_ATTN", **options)
+    dense = generate(model, prompts, params, backend=DENSE, **options)
     assert generate(model, prompts, params, quest=COVERING, **options) == dense
 
 
 def test_a_preemption_storm_loses_nothing(model):
     prompts = random_prompts([200 + 10 * i for i in range(24)])
-    dense = generate(model, prompts, greedy(150), backend="CPU_ATTN")
+    dense = generate(model, prompts, greedy(150), backend=DENSE)
     with engine(model, quest=COVERING, num_gpu_blocks_override=24, max_model_len=1024) as llm:
         assert token_ids(llm, prompts, greedy(150)) == dense
         assert counter(llm, "vllm:num_preemptions") > 0
@@ -141,15 +140,16 @@ def test_one_token_ends_of_prompts_are_prefill(model):
     sparse = {"token_budget": 16, "dense_layers": 0}
     whole = generate(model, prompts, greedy(1), quest=sparse)
     cut = generate(model, prompts, greedy(1), quest=sparse, max_num_batched_tokens=640)
-    dense = generate(model, prompts, greedy(1), backend="CPU_ATTN")
+    dense = generate(model, prompts, greedy(1), backend=DENSE)
     assert whole == cut == dense
 
 
 def test_speculative_tokens_are_rows(model, monkeypatch):
     # vLLM 0.32 trips over an attribute of this module when it speculates on a CPU
     # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan.
-    importlib.import_module("numba")
-    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi")
+    if not ON_GPU:
+        importlib.import_module("numba")
+        monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi")
     prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     for quest in (COVERING, {"token_budget": 64, "dense_layers": 0}):

@@ -9,7 +9,7 @@ import cloudpickle
 import pytest
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from engines import generate, greedy, random_prompts, write_model
+from engines import DENSE, generate, greedy, random_prompts, write_model
 from vllm_quest import plugin
 
 
@@ -82,4 +82,4 @@ def test_selected_by_kind_of_layer(tmp_path):
         attention_config={"backend_per_kind": {"full_attention": "QUEST"}},
         additional_config={"quest": {"token_budget": -1}},
     )
-    assert by_kind == generate(model, prompts, greedy(4), backend="CPU_ATTN")
+    assert by_kind == generate(model, prompts, greedy(4), backend=DENSE)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engines import engine, greedy, token_ids
+from engines import DENSE, engine, greedy, token_ids
 from vllm_quest import ops
 from vllm_quest.pass_keys import make_haystack
 
@@ -50,7 +50,7 @@ def test_retrieval_at_an_eighth_of_the_context(demo_model, questions, monkeypatc
 def test_a_covering_budget_gives_the_dense_answers(demo_model, questions):
     prompts = [prompt for prompt, _ in questions]
     answers = []
-    for options in ({"backend": "CPU_ATTN"}, {"quest": {"token_budget": -1}}):
+    for options in ({"backend": DENSE}, {"quest": {"token_budget": -1}}):
         with engine(demo_model, kv_cache_memory_bytes=1 << 30, **options) as llm:
             answers.append(token_ids(llm, prompts, greedy(8)))
     assert answers[0] == answers[1]

@@ -1,0 +1,155 @@
+"""A whole model on a GPU: QUEST beside FLASH_ATTN at fixed resident contexts, in one process.
+
+    python benchmarks/gpu_serving.py
+    python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
+
+Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
+bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
+requests are prefilled; then the median time of a decode step over all of them is taken.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from tqdm import tqdm
+
+from report import print_machine, print_table, write_json
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+    "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+}
+CASES = ("8b:1x2048", "8b:1x32768", "8b:1x122880", "8b:8x32768", "8b:4x122880", "7b:4x32768")
+BACKENDS = ("FLASH_ATTN", "QUEST")
+
+
+def parse_case(case: str) -> tuple[str, int, int]:
+    """`8b:4x122880` is the model 8b, 4 requests, 122880 tokens each."""
+    model, _, shape = case.partition(":")
+    requests, _, context = shape.partition("x")
+    if model not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    return model, int(requests), int(context)
+
+
+def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, int]], tokens: int):
+    from vllm import LLM
+
+    quest = {"additional_config": {"quest": {"token_budget": token_budget}}}
+    return LLM(
+        folder,
+        attention_backend=backend,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        max_model_len=max(context for _, context in cases) + tokens + 1,
+        max_num_seqs=max(16, *(requests for requests, _ in cases)),
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=0.9,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        **(quest if backend == "QUEST" else {}),
+    )
+
+
+def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -> float:
+    """Median time of the steps in which every request decodes."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    for request in range(num_requests):
+        prompt = [1 + (request + 7 * i) % 31000 for i in range(context)]
+        engine.add_request(
+            f"{num_requests}x{context}-{request}", {"prompt_token_ids": prompt}, params
+        )
+    produced: dict[str, int] = {}
+    step_ms = []
+    while engine.has_unfinished_requests():
+        started_s = time.perf_counter()
+        outputs = engine.step()
+        elapsed_ms = 1e3 * (time.perf_counter() - started_s)
+        # A pure decode step: all requests had tokens before it, and all got one more.
+        if len(produced) == num_requests and len(outputs) == num_requests:
+            step_ms.append(elapsed_ms)
+        for output in outputs:
+            produced[output.request_id] = len(output.outputs[0].token_ids)
+    return median(step_ms[4:-4])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", type=parse_case, default=[*map(parse_case, CASES)])
+    parser.add_argument("--budget", type=int, default=2048, help="token budget (2048)")
+    parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    arguments = parser.parse_args()
+
+    print_machine()
+    step_ms: dict[tuple[str, int, int, str], float] = {}
+    models = list(dict.fromkeys(model for model, *_ in arguments.cases))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tqdm(total=len(arguments.cases) * len(BACKENDS), unit="run") as progress,
+    ):
+        for model in models:
+            (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+            shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
+            for backend in BACKENDS:
+                llm = start(folder, backend, arguments.budget, shapes, arguments.tokens)
+                for requests, context in shapes:
+                    progress.set_description(f"{backend} {model} {requests} x {context}")
+                    case = (model, requests, context, backend)
+                    step_ms[case] = decode_step_ms(llm, requests, context, arguments.tokens)
+                    progress.update()
+                llm.llm_engine.engine_core.shutdown()
+                del llm
+                gc.collect()
+    rows = []
+    for model, requests, context in arguments.cases:
+        dense_ms, quest_ms = (step_ms[model, requests, context, name] for name in BACKENDS)
+        rows.append(
+            {
+                "model": model,
+                "requests": requests,
+                "context": context,
+                "FLASH_ATTN ms": dense_ms,
+                "QUEST ms": quest_ms,
+                "FLASH_ATTN tok/s": 1e3 * requests / dense_ms,
+                "QUEST tok/s": 1e3 * requests / quest_ms,
+                "speed": dense_ms / quest_ms,
+            }
+        )
+    print_table(rows)
+    if arguments.json:
+        write_json(arguments.json, " ".join(["python", *sys.argv]), rows)
+
+
+if __name__ == "__main__":
+    main()
