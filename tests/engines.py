@@ -80,7 +80,7 @@ def engine(
         "kv_cache_memory_bytes": 1 << 28,
         "disable_log_stats": False,
         "skip_tokenizer_init": not has_tokenizer,
-        "dtype": "auto" if has_tokenizer else "float16" if ON_GPU else "float32",
+        "dtype": "auto" if has_tokenizer else "bfloat16" if ON_GPU else "float32",
         "load_format": "auto" if (Path(model) / "model.safetensors").exists() else "dummy",
     }
     llm = LLM(model, **(defaults | options))

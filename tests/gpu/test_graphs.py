@@ -1,0 +1,85 @@
+"""QUEST under CUDA graphs, in both of vLLM's model runners, answers as it does without them."""
+
+import pytest
+import torch
+
+from engines import DENSE, engine, greedy, random_prompts, token_ids, write_model, write_weights
+from vllm_quest.pass_keys import make_haystack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+EAGER = {"enforce_eager": True}
+GRAPHS = {
+    "full": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    "piecewise": {"cudagraph_mode": "PIECEWISE"},
+    "full and piecewise": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+}
+SPARSE = {"token_budget": 128, "dense_layers": 1}
+LENGTHS = [1, 16, 17, 300, 700, 1500, 33]
+
+SHAPES = {
+    "8B, grouped": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "7B, one query head per KV head": {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+    "head size 64": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+}
+
+
+def write(folder, shape: str) -> str:
+    sizes = {"hidden_size": 4096, "intermediate_size": 4096} | SHAPES[shape]
+    return write_weights(write_model(folder, **sizes))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("8b"), "8B, grouped")
+
+
+@pytest.fixture(params=["V2", "V1"])
+def runner(request, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if request.param == "V2" else "0")
+
+
+def answers(model, quest, backend="QUEST", **options):
+    with engine(model, backend, quest, kv_cache_memory_bytes=4 << 30, **options) as llm:
+        return token_ids(llm, random_prompts(LENGTHS), greedy(24))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
+    path = write(tmp_path, shape)
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    dense = answers(path, None, DENSE, **graphs)
+    assert answers(path, {"token_budget": 4096}, **graphs) == dense
+
+
+@pytest.mark.parametrize("mode", ["full", "full and piecewise"])
+def test_graphs_change_no_token(model, runner, mode):
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS[mode]}
+    assert answers(model, SPARSE, **graphs) == answers(model, SPARSE, **EAGER)
+
+
+def test_the_bundled_model_retrieves_under_graphs(demo_model, runner):
+    haystack = make_haystack(16384, 128, seed=11)
+    facts = haystack.facts[::4]
+    prompts = [[{"role": "user", "content": haystack.prompt(fact)}] for fact in facts]
+    quest = {"token_budget": 2048, "dense_layers": 0}
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    right = {}
+    with engine(demo_model, quest=quest, kv_cache_memory_bytes=4 << 30, **graphs) as llm:
+        for budget in (-1, 2048, 64):
+            params = greedy(5, extra_args={"quest_token_budget": budget})
+            results = llm.chat(prompts, params, use_tqdm=False)
+            right[budget] = sum(
+                result.outputs[0].text.strip() == fact.code
+                for result, fact in zip(results, facts, strict=True)
+            )
+    assert right[-1] >= len(facts) - 2
+    assert right[2048] >= len(facts) - 2
+    assert right[64] <= len(facts) // 2
