@@ -197,7 +197,9 @@ inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_ca
   check.cache(kv_cache, page_size, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
   check.dtype({"scores", scores}, ScalarType::Float);
-  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, sizes.max_pages});
+  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, -1});
+  QUEST_CHECK(scores.size(2) >= sizes.max_pages, "score", "shape", "scores must have room for ",
+              sizes.max_pages, " pages, got ", scores.size(2));
   check.inner_contiguous({"scores", scores});
   return sizes;
 }

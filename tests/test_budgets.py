@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from engines import engine, greedy, random_prompts, token_ids, write_model, write_weights
+from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
 from vllm_quest.budgets import SERVER_DEFAULT, requested_budget
 
@@ -61,7 +61,9 @@ def test_budgets_follow_their_requests(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "sparse_decode", sparse_decode)
     quest = {"dense_layers": 0, "token_budget": 64}
     options = {"max_num_seqs": 7, "max_num_batched_tokens": 256, "max_model_len": 1024}
-    with engine(model, quest=quest, num_gpu_blocks_override=20, **options) as llm:
+    with engine(
+        model, quest=quest, num_gpu_blocks_override=160 if ON_GPU else 20, **options
+    ) as llm:
         token_ids(llm, prompts, params)
 
     by_mark: dict[float, set[int]] = {}

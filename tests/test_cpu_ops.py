@@ -428,8 +428,8 @@ def test_sparse_decode_says_what_is_wrong(changes: dict[str, Any], message: str)
 def test_score_and_select_say_what_is_wrong() -> None:
     query, cache = torch.zeros(2, 4, 32), torch.zeros(3, 2, 9, 64)
     rows = (torch.zeros(2, 4).int(), int32s(1, 1), int32s(1, 1))
-    with pytest.raises(RuntimeError, match=r"score: shape: scores must be \[2, 2, 4\]"):
-        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 5))
+    with pytest.raises(RuntimeError, match="score: shape: scores must have room for 4 pages"):
+        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 3))
     with pytest.raises(RuntimeError, match="score: dtype: scores must be Float, got Half"):
         ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 4).half())
     with pytest.raises(RuntimeError, match=r"select: shape: pages must be \[2, 2, -1\]"):

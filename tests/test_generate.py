@@ -5,6 +5,7 @@ Random weights in fp32 leave no near-ties between tokens, so that equality is a 
 """
 
 import importlib
+import os
 import random
 import sys
 
@@ -24,6 +25,8 @@ from engines import (
 )
 
 COVERING = {"token_budget": -1}
+TINY_CACHE = {"num_gpu_blocks_override": 192 if ON_GPU else 24, "max_model_len": 1024}
+"""3072 tokens in vLLM's default blocks."""
 EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 300, 700]
 
 
@@ -101,7 +104,7 @@ def test_hundreds_of_requests_of_very_different_lengths(model):
 def test_a_preemption_storm_loses_nothing(model):
     prompts = random_prompts([200 + 10 * i for i in range(24)])
     dense = generate(model, prompts, greedy(150), backend=DENSE)
-    with engine(model, quest=COVERING, num_gpu_blocks_override=24, max_model_len=1024) as llm:
+    with engine(model, quest=COVERING, **TINY_CACHE) as llm:
         assert token_ids(llm, prompts, greedy(150)) == dense
         assert counter(llm, "vllm:num_preemptions") > 0
 
@@ -112,7 +115,7 @@ def test_sparse_answers_survive_a_preemption_storm(model):
     sparse = {"token_budget": 64, "dense_layers": 1}
     runs = []
     for _ in range(2):
-        with engine(model, quest=sparse, num_gpu_blocks_override=24, max_model_len=1024) as llm:
+        with engine(model, quest=sparse, **TINY_CACHE) as llm:
             runs.append(token_ids(llm, prompts, greedy(150)))
             assert counter(llm, "vllm:num_preemptions") > 0
     assert runs[0] == runs[1]
@@ -157,3 +160,14 @@ def test_speculative_tokens_are_rows(model, monkeypatch):
         with engine(model, quest=quest, speculative_config=ngram) as llm:
             assert token_ids(llm, prompts, greedy(40)) == plain
             assert counter(llm, "vllm:spec_decode_num_draft_tokens") > 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
+def test_tensor_parallel_workers_give_the_same_tokens(model, monkeypatch):
+    """Workers are spawned, each has half of the KV heads, and heads select for themselves."""
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
+    prompts = random_prompts([300, 700])
+    sparse = {"token_budget": 128, "dense_layers": 0}
+    alone = generate(model, prompts, greedy(16), quest=sparse)
+    assert generate(model, prompts, greedy(16), quest=sparse, tensor_parallel_size=2) == alone

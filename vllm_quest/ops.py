@@ -73,7 +73,7 @@ def score(
         seq_lens: `[num_rows]` int32, tokens, the row's own token included.
         budgets: `[num_rows]` int32, pages, at least 1.
         page_size: tokens per page.
-        scores: out, `[num_rows, num_kv_heads, max_pages]` fp32; only the first
+        scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
             ceil(seq_len / page_size) of rows over their budget are written.
     """
     torch.ops.vllm_quest.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
@@ -87,7 +87,7 @@ def select(
     Equal scores go to the lower page number. Exact and deterministic.
 
     Args:
-        scores: `[num_rows, num_kv_heads, max_pages]` fp32, from `score`.
+        scores: `[num_rows, num_kv_heads, >= max_pages]` fp32, from `score`.
         seq_lens: `[num_rows]` int32, tokens.
         budgets: `[num_rows]` int32, pages; for rows over their budget at most max_selected.
         page_size: tokens per page.

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kTaskPages = 64;
 constexpr int kPageTile = 2;
-constexpr int kPrefetchPages = 16;
+constexpr int kPrefetchPages = 32;
 
 // The query heads of one KV head, split by sign, as floats.
 struct SignedQuery {
@@ -41,12 +41,18 @@ SignedQuery split_by_sign(const ScoreParams& p, int row, int kv_head) {
 // Raise each page's score to the largest among kHeads query heads.
 template <int kPages, int kHeads, class T>
 void score_heads(const T* bounds,  // [kPages, 2 * head_size] minimum | maximum
+                 const T* next,    // the same of later pages, to be fetched meanwhile
                  const float* positive, const float* negative, int head_size, float* scores) {
   Floats sums[kHeads][kPages] = {};
   for (int d = 0; d < head_size; d += kLanes) {
     for (int page = 0; page < kPages; ++page) {
-      const Floats low = load(bounds + page * 2 * head_size + d);
-      const Floats high = load(bounds + page * 2 * head_size + head_size + d);
+      const int low_at = page * 2 * head_size + d, high_at = low_at + head_size;
+      if (d * sizeof(T) % kLineBytes == 0) {
+        prefetch(next + low_at);
+        prefetch(next + high_at);
+      }
+      const Floats low = load(bounds + low_at);
+      const Floats high = load(bounds + high_at);
       for (int head = 0; head < kHeads; ++head) {
         sums[head][page] += load(negative + head * head_size + d) * low;
         sums[head][page] += load(positive + head * head_size + d) * high;
@@ -61,11 +67,11 @@ void score_heads(const T* bounds,  // [kPages, 2 * head_size] minimum | maximum
 }
 
 template <int kPages, class T>
-void score_group(const T* bounds, const SignedQuery& query, int group_size, int head_size,
-                 float* scores) {
+void score_group(const T* bounds, const T* next, const SignedQuery& query, int group_size,
+                 int head_size, float* scores) {
   for (int page = 0; page < kPages; ++page) scores[page] = -__builtin_inff();
   for_head_tiles(group_size, [&]<int kHeads>(int head) {
-    score_heads<kPages, kHeads>(bounds, query.positive + head * head_size,
+    score_heads<kPages, kHeads>(bounds, next, query.positive + head * head_size,
                                 query.negative + head * head_size, head_size, scores);
   });
 }
@@ -92,9 +98,8 @@ void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end)
 
     // Bounds of a block are contiguous, but blocks are scattered: fetch a later one meanwhile.
     const auto step = [&]<int kPages>() {
-      prefetch(next + page % pages_per_block * row_size,
-               kPages * row_size * static_cast<int>(sizeof(T)));
-      score_group<kPages>(bounds, query, p.group_size, cache.head_size, scores + page);
+      score_group<kPages>(bounds, next + page % pages_per_block * row_size, query, p.group_size,
+                          cache.head_size, scores + page);
       bounds += kPages * row_size;
       page += kPages;
     };

@@ -103,7 +103,7 @@ void dot(const T* const* rows, const T* const* next, const float* query, int hea
   Floats sums[kHeads][kTokens] = {};
   for (int d = 0; d < head_size; d += kLanes) {
     for (int token = 0; token < kTokens; ++token) {
-      if (d * sizeof(T) % kLineBytes == 0) __builtin_prefetch(next[token] + d);
+      if (d * sizeof(T) % kLineBytes == 0) prefetch(next[token] + d);
       const Floats key = load(rows[token] + d);
       for (int head = 0; head < kHeads; ++head) {
         sums[head][token] += load(query + head * head_size + d) * key;
@@ -130,8 +130,9 @@ void add_values(const Chunk<T>& chunk, const float* weights, const float* rescal
   }
   for (int token = 0; token < chunk.num_tokens; ++token) {
     const T* row = chunk.rows[token] + head_size + d;
-    prefetch(chunk.next[token] + head_size + d, kVectors * kLanes * static_cast<int>(sizeof(T)));
+    const T* next = chunk.next[token] + head_size + d;
     for (int i = 0; i < kVectors; ++i) {
+      if (i * kLanes * sizeof(T) % kLineBytes == 0) prefetch(next + i * kLanes);
       const Floats value = load(row + i * kLanes);
       for (int head = 0; head < kHeads; ++head) {
         sums[i][head] += weights[head * kChunkTokens + token] * value;

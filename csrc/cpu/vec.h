@@ -210,11 +210,9 @@ inline Floats tanh(Floats x) {
 
 constexpr int kLineBytes = 64;
 
-inline void prefetch(const void* from, int bytes) {
-  for (int i = 0; i < bytes; i += kLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(from) + i);
-  }
-}
+// Fetches the line of `from` into the second-level cache. Not into the first: it can wait for far
+// fewer lines at once (on Zen 4, score over scattered pages took 370 us that way, 260 so).
+inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
 // Calls body.operator()<T>() with the cache's element type.
 template <class F>
