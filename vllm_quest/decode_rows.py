@@ -11,15 +11,15 @@ class Decodes:
     """The decode requests at the front of a batch, as the host knows them."""
 
     query_lens: np.ndarray
-    """[num_requests] int32: 1, or more where drafts are to be verified; 0 in padding."""
+    """[num_requests] int32: 1, or more where drafts are to be verified."""
 
     budgets: np.ndarray
     """[num_requests] int32, pages; UNLIMITED_PAGES for requests that must be dense."""
 
     @property
     def one_row_each(self) -> bool:
-        """Whether rows and requests coincide (padding counts as a row)."""
-        return bool((self.query_lens <= 1).all())
+        """Whether rows and requests coincide."""
+        return bool((self.query_lens == 1).all())
 
     def request_of_row(self) -> np.ndarray:
         """[num_rows] int64."""

@@ -104,7 +104,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             raise ValueError("QUEST attends causally; this batch does not")
 
         query_start = batch.query_start_loc_cpu.numpy()
-        query_lens, is_prefilling = np.diff(query_start), self._is_prefilling(batch)
+        query_lens, is_prefilling = self._requests(batch)
         num_decodes = self._num_decodes(query_lens, is_prefilling)
         metadata.num_decode_rows = int(query_start[num_decodes])
         if num_decodes > 0:
@@ -116,27 +116,31 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
         return metadata
 
-    def _is_prefilling(self, batch: CommonAttentionMetadata) -> np.ndarray:
-        """[num_requests] bool; a batch padded for a CUDA graph has requests past vLLM's list."""
-        is_prefilling = np.zeros(batch.num_reqs, dtype=bool)
+    def _requests(self, batch: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
+        """Query lengths and whether a prompt is being read, `[num_requests]` int32 and bool.
+
+        The empty requests that fill up a batch for a CUDA graph are left out.
+        """
+        query_lens = np.diff(batch.query_start_loc_cpu.numpy())
+        query_lens = query_lens[: np.count_nonzero(query_lens)]
+        is_prefilling = np.zeros(len(query_lens), dtype=bool)
         if batch.is_prefilling is not None:
-            known = batch.is_prefilling.numpy()[: batch.num_reqs]
+            known = batch.is_prefilling.numpy()[: len(query_lens)]
             is_prefilling[: len(known)] = known
-        return is_prefilling
+        return query_lens, is_prefilling
 
     def _num_decodes(self, query_lens: np.ndarray, is_prefilling: np.ndarray) -> int:
         """Count the requests at the front that are handled row by row.
 
-        They are decodes (with the drafts to be verified, if any), one-token ends of prompts, and
-        padding.
+        They are decodes (with the drafts to be verified, if any) and one-token ends of prompts.
 
         Raises:
             RuntimeError: vLLM put a decode behind a prefill, where it would be attended in full.
         """
         is_decode = ~is_prefilling & (query_lens <= self.reorder_batch_threshold)
-        in_rows = is_decode | (query_lens <= 1)
+        in_rows = is_decode | (query_lens == 1)
         num_decodes = len(in_rows) if in_rows.all() else int(in_rows.argmin())
-        if (is_decode & (query_lens > 0))[num_decodes:].any():
+        if is_decode[num_decodes:].any():
             raise RuntimeError(
                 f"vLLM's batch has decodes behind prefills (query lengths {query_lens.tolist()}, "
                 f"prefilling {is_prefilling.tolist()}); QUEST needs decodes first"

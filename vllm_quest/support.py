@@ -65,6 +65,14 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
     if missing := extension.why_missing(device):
         yield missing
 
+    if device == "cuda":
+        from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
+
+        if not current_platform.has_device_capability(80):
+            yield f"the GPU is older than compute capability 8.0; {OTHER_BACKEND}"
+        if not is_flash_attn_varlen_func_available():
+            yield "this vLLM has no FlashAttention, which QUEST needs for prefill; reinstall vLLM"
+
     model = vllm_config.model_config
     if model is not None:
         if model.use_mla:

@@ -75,20 +75,84 @@ __device__ __forceinline__ int32_t load_once(const int32_t* address) {
   return v;
 }
 
-// Copy 16 bytes to shared memory in the background; a group of copies ends with commit_copies.
-__device__ __forceinline__ void copy_once(Vec* to_shared, const void* from) {
+// Says when copies to shared memory have arrived: one warp's, a phase after the other.
+struct Barrier {
+  uint64_t word;  // an mbarrier
+
+  __device__ __forceinline__ uint32_t address() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&word));
+  }
+
+  // By one thread; then all threads pass __syncthreads.
+  __device__ __forceinline__ void init() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address()) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "n"(kWarpSize) : "memory");
+#endif
+  }
+
+  // Wait until a phase is over; its parity alternates, from 0.
+  __device__ __forceinline__ void wait(uint32_t parity) const {
+    uint32_t is_over = 0;
+    while (!is_over) {
+      asm volatile(
+          "{ .reg .pred p;\n"
+#if __CUDA_ARCH__ >= 900
+          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+#else
+          "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+#endif
+          "selp.b32 %0, 1, 0, p; }"
+          : "=r"(is_over)
+          : "r"(address()), "r"(parity)
+          : "memory");
+    }
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void* from, int bytes,
+                                          const Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to_shared),
+      "l"(from), "r"(bytes), "r"(barrier.address())
+      : "memory");
+}
+#endif
+
+// A warp copies kRows rows to shared memory in the background, kPitch bytes apart there; lane l
+// says where row l begins. A phase of the barrier is over when they have arrived.
+template <int kRows, int kRowBytes, int kPitch>
+__device__ __forceinline__ void copy_rows(unsigned char* to_shared, const void* from,
+                                          Barrier& barrier) {
+  static_assert(kRows <= kWarpSize && kRowBytes % sizeof(Vec) == 0 && kPitch % sizeof(Vec) == 0);
+  const int lane = threadIdx.x % kWarpSize;
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from)
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier.address()),
+                 "r"(kRows * kRowBytes)
+                 : "memory");
+  }
+  __syncwarp();
+  if (lane < kRows) copy_bulk(to + lane * kPitch, from, kRowBytes, barrier);
+#else
+  constexpr int kVecs = kRowBytes / sizeof(Vec);
+  static_assert(kRows * kVecs % kWarpSize == 0);
+#pragma unroll
+  for (int i = 0; i < kRows * kVecs / kWarpSize; ++i) {
+    const int row = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
+    const auto row_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), row);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + row * kPitch + vec * 16),
+                 "l"(row_from + vec * 16)
+                 : "memory");
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier.address())
                : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Wait for this thread's copies, but for the latest group.
-__device__ __forceinline__ void wait_for_copies_but_one_group() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void store(void* address, const Vec& v) {

@@ -1,6 +1,7 @@
 // select: each KV head's best pages, exactly, for the rows over their budget.
 //
-// The scores become integers of the same order. A radix select finds the lowest chosen score, eight
+// The scores become integers of the same order, less the lowest of them: so their upper bits differ,
+// and counts of digits spread over shared memory. A radix select finds the lowest chosen score, eight
 // bits at a time; then the pages above it, and the first ones equal to it, are written in order.
 //
 // Bytes: 4 per page and KV head, which the L2 cache still holds; some thousand operations a warp.
@@ -50,6 +51,7 @@ class Selection {
 
   struct Shared {
     alignas(16) int histogram[kPasses][kDigits];
+    uint32_t lowest[kWarps], highest[kWarps];
     Found found;
     int above[kWarps], equal[kWarps];
   };
@@ -68,18 +70,37 @@ class Selection {
         kept_[i] = i < groups_ ? keys_.load(first_page_ + i * kWarpSize) : 0;
       }
     }
+
+    // Find the range of the keys.
+    uint32_t lowest = ~0u, highest = 0;
+    for_each_key([&](uint32_t key, bool is_page) {
+      lowest = is_page ? min(lowest, key) : lowest;
+      highest = is_page ? max(highest, key) : highest;
+    });
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    lowest = __reduce_min_sync(kAllLanes, lowest);
+    highest = __reduce_max_sync(kAllLanes, highest);
+    if (lane == 0) {
+      shared.lowest[warp] = lowest;
+      shared.highest[warp] = highest;
+    }
     __syncthreads();
+    lowest_ = __reduce_min_sync(kAllLanes, lane < kWarps ? shared.lowest[lane] : ~0u);
+    highest = __reduce_max_sync(kAllLanes, lane < kWarps ? shared.highest[lane] : 0);
+    bits_ = 32 - __clz(highest - lowest_);
   }
 
   // Find the lowest of the `count` highest keys.
   __device__ Threshold find(int count) {
     Threshold threshold = {.num_equal = count};
-    for (int pass = 0; pass < kPasses; ++pass) {
-      int* histogram = shared_.histogram[pass];
-      const int shift = 32 - kDigitBits * (pass + 1);
+    int pass = 0;
+    for (int bits = bits_; bits > 0; bits -= kDigitBits) {
+      int* histogram = shared_.histogram[pass++];
+      const int shift = max(0, bits - kDigitBits);
 
       // Count the next digit of the keys that agree so far.
       for_each_key([&](uint32_t key, bool is_page) {
+        key -= lowest_;
         if (is_page && (key & threshold.mask) == threshold.prefix) {
           atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
         }
@@ -105,7 +126,7 @@ class Selection {
     // Count this warp's chosen pages.
     int above = 0, equal = 0;
     for_each_key([&](uint32_t key, bool is_page) {
-      key &= threshold.mask;
+      key = (key - lowest_) & threshold.mask;
       above += __popc(__ballot_sync(kAllLanes, is_page && key > threshold.prefix));
       equal += __popc(__ballot_sync(kAllLanes, is_page && key == threshold.prefix));
     });
@@ -121,7 +142,7 @@ class Selection {
 
     int page = first_page_;
     for_each_key([&](uint32_t key, bool is_page) {
-      key &= threshold.mask;
+      key = (key - lowest_) & threshold.mask;
       const bool is_above = is_page && key > threshold.prefix;
       const bool is_equal = is_page && key == threshold.prefix;
       const unsigned all_above = __ballot_sync(kAllLanes, is_above);
@@ -195,6 +216,8 @@ class Selection {
   const Keys keys_;
   const int groups_;      // of 32 pages, for each warp
   const int first_page_;  // of this lane; the next is a group further
+  uint32_t lowest_;  // key
+  int bits_;              // in which keys differ from it
   uint32_t kept_[kKept > 0 ? kKept : 1];
 };
 
@@ -253,10 +276,11 @@ cudaError_t launch_select(const SelectParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t select(const SelectParams& params, cudaStream_t stream) {
-  // Wide CTAs while there is one for each pair on a multiprocessor of its own.
-  return params.num_rows * params.num_kv_heads <= num_multiprocessors()
-             ? launch_select<1024>(params, stream)
-             : launch_select<512>(params, stream);
+  // CTAs as wide as leaves room for one per pair.
+  const int pairs = params.num_rows * params.num_kv_heads, sms = num_multiprocessors();
+  return pairs <= sms       ? launch_select<1024>(params, stream)
+         : pairs <= 2 * sms ? launch_select<512>(params, stream)
+                            : launch_select<256>(params, stream);
 }
 
 }  // namespace quest::cuda

@@ -7,8 +7,7 @@
 //     logits  [16 positions x 8 query heads]   = keys [16 x head_size] * query^T
 //     out^T   [head_size x 8 query heads]     += values^T [head_size x 16] * weights
 //
-// What a lane needs of a tile is copied to its own places in shared memory, keys and values in
-// turn, while the tile before is attended to.
+// Each warp has a ring of tiles in shared memory: while it attends to one, the next are on their way.
 //
 // A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs
 // (schedule.cuh). What a CTA's warps found for one (row, KV head) is merged in shared memory; where
@@ -17,6 +16,8 @@
 //
 // Bytes: 4 * head_size per attended token and KV head, each read once. Nothing else counts.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 
 #include "device.cuh"
 #include "launch.cuh"
@@ -27,42 +28,29 @@ namespace {
 
 constexpr int kTileTokens = 16;
 constexpr int kHalfTokens = kTileTokens / 2;  // page sizes are multiples of it
-constexpr int kPlannedChunks = 16;            // whose pages are looked up at a time
+constexpr int kMaxStages = 8;                 // tiles in a warp's ring
 constexpr int kSlab = 64;                     // of the head size, merged at a time
 constexpr int kSlabRow = kSlab + 4;           // in shared memory, against bank conflicts
 constexpr int kMaxCtasPerMultiprocessor = 2;  // the workspace is made for
 
-struct Chunk {
-  Segment segment;
-  int first_token;  // position of the chunk
-  int num_tokens;   // that the row attends to
-};
-
-template <int kHeadSize, int kGroupTiles>
+template <int kHeadSize, int kGroupTiles, int kNumWarps = kHeadSize <= 128 ? 8 : 4>
 struct Sizes {
-  static constexpr int kWarps = kHeadSize <= 128 ? 8 : 4;  // shared memory holds their tiles
+  static constexpr int kWarps = kNumWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkTokens = kWarps * kTileTokens;
-  static constexpr int kHalves = kChunkTokens / kHalfTokens;  // of a chunk
-  static constexpr int kHeads = 8 * kGroupTiles;              // of a query group, padded
-  static constexpr int kVecs = kHeadSize / 32;                // of a key that a lane needs
+  static constexpr int kHeads = 8 * kGroupTiles;   // of a query group, padded
+  static constexpr int kVecs = kHeadSize / 32;     // of a key that a lane needs
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
+  static constexpr int kRowBytes = 4 * kHeadSize;  // a key and a value
+  static constexpr int kPitch = kRowBytes + 16;    // of a tile's rows, against bank conflicts
+  static constexpr int kTileBytes = kTileTokens * kPitch;
   static_assert(kHeadSize % 32 == 0);
-  static_assert(kPlannedChunks * kHalves == kThreads);  // one lookup per thread
 };
 
-template <int kHeadSize, int kGroupTiles>
+template <typename S, int kGroupTiles>
 struct Shared {
-  using S = Sizes<kHeadSize, kGroupTiles>;
-
-  // Each warp's tile, and the query: what each lane needs.
-  Vec keys[S::kWarps][2][S::kVecs][kWarpSize];
-  Vec values[S::kWarps][S::kSlabs][4][kWarpSize];
-  Vec query[kGroupTiles][S::kVecs][kWarpSize];
-
-  // The next chunks, and where their halves of tiles begin in the cache, in elements.
-  Chunk chunks[kPlannedChunks];
-  int64_t halves[kPlannedChunks][S::kHalves];
+  Vec query[kGroupTiles][S::kVecs][kWarpSize];  // what each lane needs
+  Barrier arrived[S::kWarps][kMaxStages];       // a warp's tiles
 
   // What the warps found for one (row, KV head).
   float warp_maximum[S::kWarps][S::kHeads], warp_sum[S::kWarps][S::kHeads];
@@ -76,50 +64,50 @@ __device__ __forceinline__ float rescale(float maximum, float new_maximum) {
   return maximum == -INFINITY ? 0.0f : exp2_fast(maximum - new_maximum);
 }
 
-template <typename T, int kHeadSize, int kGroupTiles>
-class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
+template <typename T, int kHeadSize, int kGroupTiles, typename S>
+class SparseDecode {
  public:
-  using S = Sizes<kHeadSize, kGroupTiles>;
-  using SharedMemory = Shared<kHeadSize, kGroupTiles>;
-  using S::kChunkTokens, S::kHalves, S::kSlabs, S::kThreads, S::kVecs, S::kWarps;
+  using SharedMemory = Shared<S, kGroupTiles>;
+  static constexpr int kChunkTokens = S::kChunkTokens, kSlabs = S::kSlabs, kThreads = S::kThreads;
+  static constexpr int kVecs = S::kVecs, kWarps = S::kWarps;
 
-  __device__ SparseDecode(const SparseDecodeParams& p, SharedMemory& shared)
+  // `tiles`: [stages, kWarps] rings in shared memory.
+  __device__ SparseDecode(const SparseDecodeParams& p, SharedMemory& shared, unsigned char* tiles,
+                          int stages, const Schedule& schedule, int begin, int end)
       : p_(p),
         shared_(shared),
+        tiles_(tiles),
+        stages_(stages),
+        schedule_(schedule),
+        begin_(begin),
+        end_(end),
+        planned_(begin - kPlannedTiles),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4) {}
 
-  // A CTA's share: chunks [begin, end).
-  __device__ void run(const Schedule& schedule, int begin, int end) {
-    for (int planned = begin; planned < end; planned += kPlannedChunks) {
-      const int num_chunks = min(kPlannedChunks, end - planned);
-      plan(schedule, planned, num_chunks);
+  // Attend to a CTA's share: chunks [begin, end).
+  __device__ void run() {
+    for (int number = begin_; number < min(end_, begin_ + stages_); ++number) copy_tile(number);
 
-      // Stream the tiles: the next one's keys and values are on their way while one is attended to.
-      copy_keys(0);
-      copy_values(0);
-      for (int i = 0; i < num_chunks; ++i) {
-        const Chunk& chunk = shared_.chunks[i];
-        const int number = planned + i, rest = remaining(i);
-        if (number == begin || number == chunk.segment.first) start(chunk.segment);
-
-        float logits[kGroupTiles][4];
-        uint32_t weights[kGroupTiles][2];
-        wait_for_copies_but_one_group();
-        if (rest > 0) multiply_keys(logits);
-        copy_keys(i + 1 < num_chunks ? i + 1 : kNoChunk);
-        if (rest > 0) weigh(logits, rest, weights);
-        wait_for_copies_but_one_group();
-        if (rest > 0) add_values(weights);
-        copy_values(i + 1 < num_chunks ? i + 1 : kNoChunk);
-
-        if (number + 1 == end || number + 1 == chunk.segment.first + chunk.segment.count) {
-          finish(schedule, chunk.segment);
-        }
+    Segment segment;
+    int tokens = 0;
+    for (int number = begin_; number < end_; ++number) {
+      if (number == begin_ || number == segment.first + segment.count) {
+        segment = schedule_.segment(number);
+        tokens = num_tokens(p_, segment.row);
+        start(segment);
       }
-      __syncthreads();
+      const int rest = remaining(tokens, number - segment.first);
+      if (rest > 0) {
+        shared_.arrived[warp_][attended_.stage].wait(attended_.parity);
+        attend(tiles_ + (attended_.stage * kWarps + warp_) * S::kTileBytes, rest);
+        attended_.advance(stages_);
+        __syncwarp();  // before copies overwrite the tile
+      }
+      if (number + stages_ < end_) copy_tile(number + stages_);
+      if (number + 1 == end_ || number + 1 == segment.first + segment.count) finish(segment);
     }
   }
 
@@ -133,89 +121,81 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
 
  private:
   static constexpr int kRowSize = 2 * kHeadSize;
-  static constexpr int kNoChunk = -1;
+  static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane looks up one half of a tile
 
-  // Look up where the keys and values of the next chunks lie.
-  __device__ void plan(const Schedule& schedule, int first, int num_chunks) {
-    if (threadIdx.x < num_chunks) {
-      const int number = first + threadIdx.x;
-      const Segment segment = schedule.segment(number);
-      shared_.chunks[threadIdx.x] = {segment, (number - segment.first) * kChunkTokens,
-                                     num_tokens(p_, segment.row)};
-    }
-    __syncthreads();
-    const int i = threadIdx.x / kHalves, half = threadIdx.x % kHalves;
-    if (i < num_chunks) {
-      const Chunk chunk = shared_.chunks[i];
-      const int row = chunk.segment.row, head = chunk.segment.head;
-      const int position = chunk.first_token + half * kHalfTokens;
-      if (position < chunk.num_tokens) {
-        const int page_size = p_.cache.page_size;
-        int page = position / page_size;
-        if (over_budget(p_.rows.seq_lens[row], p_.rows.budgets[row], page_size)) {
-          page =
-              load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride + page);
-        }
-        const int token = page * page_size + position % page_size;
-        const int block = load_once(p_.rows.block_table + row * p_.rows.block_table_stride +
-                                    token / p_.cache.block_tokens);
-        shared_.halves[i][half] = block * p_.cache.block_stride + head * p_.cache.head_stride +
-                                  token % p_.cache.block_tokens * kRowSize;
+  // A place in the ring.
+  struct Place {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ void advance(int stages) {
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= 1;
       }
     }
-    __syncthreads();
+  };
+
+  // Positions from the start of this warp's tile to the row's end, in a (row, KV head)'s chunk.
+  __device__ int remaining(int tokens, int chunk) const {
+    return tokens - chunk * kChunkTokens - warp_ * kTileTokens;
   }
 
-  // Positions from the start of this warp's tile in planned chunk i to the row's end.
-  __device__ int remaining(int i) const {
-    return shared_.chunks[i].num_tokens - shared_.chunks[i].first_token - warp_ * kTileTokens;
-  }
-
-  // Start of the cache row for position `half * 8 + token` of this warp's tile in planned chunk i.
-  // A position past the row's end becomes one before it: its logit is masked.
-  __device__ const T* cache_row(int i, int half, int token, int remaining) const {
-    const int filled = remaining - half * kHalfTokens;
-    const int use_half = filled > 0 ? half : 0;
-    const int use_token = filled > 0 ? min(token, filled - 1) : 0;
-    return static_cast<const T*>(p_.cache.data) + shared_.halves[i][2 * warp_ + use_half] +
-           use_token * kRowSize;
-  }
-
-  // One group of copies. Lane 4 * r + c needs dimensions 32 * j + 8 * c onwards of the keys at
-  // positions r and r + 8. Two words of it are an operand of a matrix product, which believes them
-  // to be other dimensions; the query's are the same.
-  __device__ void copy_keys(int i) {
-    const int rest = i == kNoChunk ? 0 : remaining(i);
-    if (rest > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T* key = cache_row(i, half, r_, rest) + 8 * c_;
-#pragma unroll
-        for (int j = 0; j < kVecs; ++j)
-          copy_once(&shared_.keys[warp_][half][j][lane_], key + 32 * j);
-      }
+  // Look up where this warp's next tiles lie: lane l the half l % 2 of the tile in chunk
+  // `first` + l / 2.
+  __device__ void plan(int first) {
+    planned_ = first;
+    planned_rest_ = 0;
+    const int number = first + lane_ / 2, half = lane_ % 2;
+    if (number >= end_) return;
+    const Segment segment = schedule_.segment(number);
+    const int row = segment.row, head = segment.head, page_size = p_.cache.page_size;
+    const int tokens = num_tokens(p_, row);
+    planned_rest_ = remaining(tokens, number - segment.first);
+    if (planned_rest_ <= half * kHalfTokens) return;
+    const int position = tokens - planned_rest_ + half * kHalfTokens;
+    int page = position / page_size;
+    if (over_budget(p_.rows.seq_lens[row], p_.rows.budgets[row], page_size)) {
+      page = load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride + page);
     }
-    commit_copies();
+    const int token = page * page_size + position % page_size;
+    const int block = load_once(p_.rows.block_table + row * p_.rows.block_table_stride +
+                                token / p_.cache.block_tokens);
+    planned_start_ = block * p_.cache.block_stride + head * p_.cache.head_stride +
+                     token % p_.cache.block_tokens * kRowSize;
   }
 
-  // One group of copies. Lane 4 * r + c needs dimensions 64 * slab + 8 * r onwards of the values at
-  // positions 2c, 2c + 1, 2c + 8, 2c + 9. Past the head's end (a head size of 96) it gets others,
-  // which nobody uses.
-  __device__ void copy_values(int i) {
-    const int rest = i == kNoChunk ? 0 : remaining(i);
-    if (rest > 0) {
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const T* value = cache_row(i, v / 2, 2 * c_ + v % 2, rest) + kHeadSize;
-#pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab) {
-          const bool in_head = kHeadSize % kSlab == 0 || kSlab * slab + 8 * r_ < kHeadSize;
-          copy_once(&shared_.values[warp_][slab][v][lane_],
-                    value + (in_head ? kSlab * slab + 8 * r_ : 0));
-        }
-      }
-    }
-    commit_copies();
+  // Have this warp's tile of a chunk copied. Lane 8 * half + token has a position; past the row's
+  // end it takes one before it, whose logit is masked.
+  __device__ void copy_tile(int number) {
+    if (number == planned_ + kPlannedTiles) plan(number);
+    const int lane = 2 * (number - planned_);
+    const int rest = __shfl_sync(kAllLanes, planned_rest_, lane);
+    if (rest <= 0) return;
+    const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
+    const int64_t start =
+        __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
+    const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
+    copy_rows<kTileTokens, S::kRowBytes, S::kPitch>(
+        tiles_ + (copied_.stage * kWarps + warp_) * S::kTileBytes,
+        static_cast<const T*>(p_.cache.data) + start + token * kRowSize,
+        shared_.arrived[warp_][copied_.stage]);
+    copied_.advance(stages_);
+  }
+
+  __device__ void attend(const unsigned char* tile, int rest) {
+    float logits[kGroupTiles][4];
+    uint32_t weights[kGroupTiles][2];
+    multiply_keys(tile, logits);
+    weigh(logits, rest, weights);
+    add_values(tile, weights);
+  }
+
+  // Which 16 bytes of a key a lane's operands come from. Two words of them are an operand of a
+  // matrix product, which believes them to be other dimensions; the query's are the same. In this
+  // order, eight neighbouring lanes read 8 different places modulo 128 bytes.
+  static __device__ int key_vec(int j, int c) {
+    return (j | 1) < kVecs ? j / 2 * 8 + 2 * c + j % 2 : j * 4 + c;
   }
 
   // Begin with a (row, KV head): its query, and nothing attended to.
@@ -226,8 +206,8 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
       Vec query = {};
       if (head < p_.group_size) {
         query = load_once(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
-                          (segment.head * p_.group_size + head) * p_.query_head_stride + 32 * j +
-                          8 * (lane % 4));
+                          (segment.head * p_.group_size + head) * p_.query_head_stride +
+                          Vec::kElements * key_vec(j, lane % 4));
       }
       shared_.query[tile][j][lane] = query;
     }
@@ -252,15 +232,18 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
 
   // Lane 4 * r + c gets the logits of positions r (first two) and r + 8 (last two) for query heads
   // 2c, 2c + 1.
-  __device__ void multiply_keys(float (&logits)[kGroupTiles][4]) const {
+  __device__ void multiply_keys(const unsigned char* tile_rows,
+                                float (&logits)[kGroupTiles][4]) const {
+    const unsigned char* rows = tile_rows + r_ * S::kPitch;
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float sum[2][4] = {};  // two sums shorten the chain of products
 #pragma unroll
       for (int j = 0; j < kVecs; ++j) {
         const Vec query = shared_.query[tile][j][lane_];
-        const Vec first = shared_.keys[warp_][0][j][lane_];
-        const Vec second = shared_.keys[warp_][1][j][lane_];
+        const auto* key = reinterpret_cast<const Vec*>(rows) + key_vec(j, c_);
+        const Vec first = key[0];
+        const Vec second = key[kHalfTokens * S::kPitch / sizeof(Vec)];
 #pragma unroll
         for (int w = 0; w < 4; w += 2) {
           const MatrixA keys = {
@@ -319,12 +302,19 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
 
   // out_[tile][slab][w]: lane 4 * r + c has dimensions 64 * slab + 8 * r + 2w (first two) and the
   // next (last two) for query heads 2c, 2c + 1.
-  __device__ void add_values(const uint32_t (&weights)[kGroupTiles][2]) {
+  __device__ void add_values(const unsigned char* tile_rows,
+                             const uint32_t (&weights)[kGroupTiles][2]) {
+    const unsigned char* rows = tile_rows + 2 * c_ * S::kPitch + S::kRowBytes / 2;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
+      const int vec = slab * kSlab / Vec::kElements + r_;  // past the head's end: anything
+      const bool in_head = kHeadSize % kSlab == 0 || vec * Vec::kElements < kHeadSize;
       Vec v[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) v[k] = shared_.values[warp_][slab][k][lane_];
+      for (int k = 0; k < 4; ++k) {  // positions 2c, 2c + 1, 2c + 8, 2c + 9
+        const int row = k / 2 * kHalfTokens + k % 2;
+        v[k] = reinterpret_cast<const Vec*>(rows + row * S::kPitch)[in_head ? vec : 0];
+      }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         const MatrixA values = {
@@ -339,10 +329,10 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
   }
 
   // Merge what the warps found for a (row, KV head): write it, if this is all of it, or leave it.
-  __device__ void finish(const Schedule& schedule, const Segment& segment) {
+  __device__ void finish(const Segment& segment) {
     const int cta = blockIdx.x;
-    const int first_cta = schedule.owner(segment.first);
-    const int last_cta = schedule.owner(segment.first + segment.count - 1);
+    const int first_cta = schedule_.owner(segment.first);
+    const int last_cta = schedule_.owner(segment.first + segment.count - 1);
     const bool is_whole = first_cta == last_cta;
 
     // Exchange maxima and sums.
@@ -485,29 +475,64 @@ class SparseDecode : Sizes<kHeadSize, kGroupTiles> {
 
   const SparseDecodeParams& p_;
   SharedMemory& shared_;
+  unsigned char* const tiles_;
+  const int stages_;
+  const Schedule& schedule_;
+  const int begin_, end_;
+
+  Place copied_, attended_;  // the next tiles of this warp
+  int planned_;              // chunk of the first planned tile
+  int planned_rest_ = 0;     // positions from the start of this lane's planned tile
+  int64_t planned_start_ = 0;  // of its half in the cache, in elements
+
   const int lane_, warp_, r_, c_;
 
   float maximum_[kGroupTiles][2], sum_[kGroupTiles][2];  // for query heads 2c, 2c + 1
   float out_[kGroupTiles][kSlabs][4][4];
 };
 
-template <typename T, int kHeadSize, int kGroupTiles>
-__global__ void __launch_bounds__(Sizes<kHeadSize, kGroupTiles>::kThreads,
-                                  kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1)
-    sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p) {
+template <typename T, int kHeadSize, int kGroupTiles, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, int stages) {
   // grid: [CTAs that the GPU holds]; a CTA attends to its share of all chunks.
-  using Decode = SparseDecode<T, kHeadSize, kGroupTiles>;
+  using Decode = SparseDecode<T, kHeadSize, kGroupTiles, S>;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<typename Decode::SharedMemory*>(shared_memory);
-  int* row_end = reinterpret_cast<int*>(shared_memory + sizeof(shared));
+  unsigned char* tiles = shared_memory + sizeof(shared);
+  int* row_end = reinterpret_cast<int*>(tiles + stages * S::kWarps * S::kTileBytes);
 
-  const Schedule schedule = Schedule::build<Decode::kThreads>(
+  if (threadIdx.x < S::kWarps * stages) {
+    shared.arrived[threadIdx.x / stages][threadIdx.x % stages].init();
+  }
+  const Schedule schedule = Schedule::build<S::kThreads>(
       p.rows.num_rows, p.cache.num_kv_heads, row_end,
-      [&](int row) { return max(1, div_up(Decode::num_tokens(p, row), Decode::kChunkTokens)); });
+      [&](int row) { return max(1, div_up(Decode::num_tokens(p, row), S::kChunkTokens)); });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
   wait_for_previous_kernel();
   release_next_kernel();
-  if (begin < end) Decode(p, shared).run(schedule, begin, end);
+  if (begin < end) Decode(p, shared, tiles, stages, schedule, begin, end).run();
+}
+
+// CTAs of S that share a multiprocessor's shared memory, and the tiles in each warp's ring.
+template <typename M, typename S>
+cudaError_t launch_decode(const SparseDecodeParams& params, int ctas_wanted, int max_stages,
+                          cudaStream_t stream) {
+  const auto kernel =
+      sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles, S>;
+  static const int of_a_cta = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  static const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  static const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  static const int sms = num_multiprocessors();
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, of_a_cta);
+  if (allowed != cudaSuccess) return allowed;
+
+  const int fixed = sizeof(Shared<S, M::kGroupTiles>) + params.rows.num_rows * sizeof(int);
+  const int stage = S::kWarps * S::kTileBytes;
+  const int room = std::min(of_a_cta, of_all / ctas_wanted - reserved);
+  const int stages = std::clamp((room - fixed) / stage, 1, max_stages);
+  return launch(kernel, ctas_wanted * sms, S::kThreads, fixed + stages * stage, stream, params,
+                stages);
 }
 
 }  // namespace
@@ -517,15 +542,20 @@ int max_decode_ctas() {
 }
 
 cudaError_t sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) {
+  static const char* variant = getenv("QUEST_DECODE");  // warps, CTAs, stages
+  int warps = 8, ctas = 1, stages = kMaxStages;
+  if (variant) sscanf(variant, "%d,%d,%d", &warps, &ctas, &stages);
   return for_shape(params.cache, params.group_size, [&](auto shape) {
     using M = decltype(shape);
-    using S = Sizes<M::kHeadSize, M::kGroupTiles>;
-    const auto kernel = sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles>;
-    const int shared_bytes = sizeof(Shared<M::kHeadSize, M::kGroupTiles>);
-    static const int held = ctas_per_multiprocessor(kernel, S::kThreads, shared_bytes);
-    const int ctas = std::min(held, kMaxCtasPerMultiprocessor) * num_multiprocessors();
-    return launch(kernel, ctas, S::kThreads, shared_bytes + params.rows.num_rows * sizeof(int),
-                  stream, params);
+    if constexpr (M::kHeadSize == 128 && M::kGroupTiles == 1) {
+      if (warps == 4) {
+        return launch_decode<M, Sizes<128, 1, 4>>(params, ctas, stages, stream);
+      }
+      if (warps == 12) {
+        return launch_decode<M, Sizes<128, 1, 12>>(params, ctas, stages, stream);
+      }
+    }
+    return launch_decode<M, Sizes<M::kHeadSize, M::kGroupTiles>>(params, ctas, stages, stream);
   });
 }
 

@@ -109,12 +109,11 @@ class BatchPlanner:
         device = seq_lens.device
         request_of_row = async_tensor_h2d(request, device=device)
         row_seq_lens, row_tables = self.row_seq_lens[:num_rows], self.row_tables[:num_rows, :width]
-        torch.sub(
-            seq_lens[request_of_row],
-            async_tensor_h2d(tokens_after, device=device),
-            out=row_seq_lens,
-        ).clamp_(min=0)
+        tokens_after_row = async_tensor_h2d(tokens_after, device=device)
+        torch.sub(seq_lens[request_of_row], tokens_after_row, out=row_seq_lens).clamp_(min=0)
         row_tables.copy_(block_table[request_of_row])
+        # A graph captured for more rows takes the rest for padding.
+        self.row_seq_lens[num_rows:].zero_()
         return row_seq_lens, row_tables
 
     def plan_prefill(self, batch: CommonAttentionMetadata, first: int) -> FlashAttentionMetadata:
