@@ -41,6 +41,17 @@ ENCODER = {
     "type_vocab_size": 2,
     "hidden_act": "gelu",
 }
+ENCODER_DECODER = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "is_encoder_decoder": True,
+    "d_model": 256,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_target_positions": 448,
+}
 CONNECTOR = {
     "kv_transfer_config": {
         "kv_connector": "ExampleConnector",
@@ -54,6 +65,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "ALiBi": (ALIBI, {}, ["ALiBi", "--attention-backend"]),
     "attention sinks": (SINKS, {"dtype": "bfloat16"}, ["sinks", "--attention-backend"]),
     "encoder": (ENCODER, {}, ["pooling", "--attention-backend"]),
+    "encoder and decoder": (ENCODER_DECODER, {}, ["encoder-decoder", "--attention-backend"]),
     "KV connector": ({}, CONNECTOR, ["ExampleConnector", "--kv-transfer-config"]),
     "KV offloading": ({}, {"kv_offloading_size": 1}, ["offloading", "--kv-offloading-size"]),
     "context parallelism": (
