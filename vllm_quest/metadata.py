@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -20,6 +21,9 @@ from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.decode_rows import DecodeRows, Decodes
 from vllm_quest.ops import UNLIMITED_PAGES
 from vllm_quest.platforms import this_platform
+
+# A name below vLLM's, so that its handlers and levels apply.
+logger = init_logger("vllm.quest")
 
 
 @dataclass
@@ -64,6 +68,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             self._check_spec(kv_cache_spec)
             planner = this_platform().BatchPlanner
             self.planner = planner(kv_cache_spec, layer_names, vllm_config, device)
+            logger.info_once("%s", self._describe())
         self.windowed_builder: Any = None
         if any(layer.sliding_window is not None for layer in layers):
             builder = this_platform().DenseMetadataBuilder
@@ -75,6 +80,19 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
     ) -> AttentionCGSupport:
         """Decode batches may be captured, also with several tokens per request."""
         return AttentionCGSupport.UNIFORM_BATCH
+
+    def _describe(self) -> str:
+        quest = self.quest
+        budget = (
+            "no token budget (full attention unless a request asks for less)"
+            if quest.token_budget == UNLIMITED
+            else f"{quest.token_budget} tokens per KV head and decode step"
+        )
+        return (
+            f"QUEST attends to {budget}, in pages of {quest.page_size}; the first "
+            f"{quest.dense_layers} layers are dense. Bounds take 1 / {quest.page_size + 1} "
+            f"({1 / (quest.page_size + 1):.1%}) of the KV cache."
+        )
 
     def _check_spec(self, spec: AttentionSpec) -> None:
         if type(spec) is not FullAttentionSpec:
