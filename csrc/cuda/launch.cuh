@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace quest::cuda {
@@ -48,6 +50,19 @@ cudaError_t launch(void (*kernel)(Params...), int ctas, int threads, size_t shar
   config.attrs = &overlap;
   config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+// How many stages of shared memory a CTA can have, beside `fixed` bytes, where `ctas` of them share
+// a multiprocessor. Allows the kernel as much.
+template <typename... Params>
+int stages_that_fit(void (*kernel)(Params...), int fixed, int stage_bytes, int ctas,
+                    int max_stages) {
+  const int of_a_cta = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, of_a_cta);
+  const int room = std::min(of_a_cta, of_all / ctas - reserved) - fixed;
+  return std::clamp(room / stage_bytes, 1, max_stages);
 }
 
 // What a kernel is compiled for: the element type, the head size, and how many groups of 8 query

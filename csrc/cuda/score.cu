@@ -4,185 +4,235 @@
 // product of the pages' rows of bounds with [low | high], for the whole query group at once.
 //
 // Bytes: 4 * head_size per page and KV head, each read once. Nothing else counts.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
+#include "tiles.cuh"
 
 namespace quest::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTilePages = 16;                    // that a warp scores at a time
-constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
-constexpr int kPlannedChunks = 16;                // whose pages are looked up at a time
+constexpr int kChunkPages = kWarps * kTileRows;  // of one (row, KV head)
 
-struct Chunk {
-  int row, head;
-  int first_page, num_pages;  // of the chunk; of the row
-};
-
-struct Plan {
-  Chunk chunks[kPlannedChunks];
-  int64_t bounds[kPlannedChunks][kChunkPages];  // where each page's bounds begin, in elements
-};
-
-// Lanes load 16 bytes of a row of bounds: lane 4 * r + c has columns 32 * j + 8 * c onwards of rows
-// r and r + 8. Two of its words, four columns, are one operand of a matrix product; that these are
-// not the columns the product thinks they are does not matter, as long as the query's are the same.
+// Each warp has a ring of tiles, 16 pages' bounds, in shared memory: while it scores one, the next
+// are on their way, and the one after them is looked up.
 template <typename T, int kHeadSize, int kGroupTiles>
-__global__ void __launch_bounds__(kThreads, kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1)
-    score_kernel(const __grid_constant__ ScoreParams p) {
-  // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp tiles of them.
-  constexpr int kVecs = kHeadSize / 32;  // that a lane loads of a minimum or a maximum
-  static_assert(kHeadSize % 32 == 0);
-  extern __shared__ int row_end[];
-  __shared__ Plan plan;
+class Score {
+ public:
+  using Tile = quest::cuda::Tile<kHeadSize>;
+  static constexpr int kVecs = Tile::kVecs;
 
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int r = lane / 4, c = lane % 4;
-  const T* cache = static_cast<const T*>(p.cache.data);
-  const int pages_per_block = p.cache.block_tokens / p.cache.page_size;
-  const int row_size = 2 * kHeadSize;
-
-  // Take a share of the work.
-  const auto pages_of_row = [&](int row) {
-    return div_up(p.rows.seq_lens[row], p.cache.page_size);
+  struct Shared {
+    Barrier arrived[kWarps][kMaxStages];
   };
+
+  // `tiles`: [stages, kWarps] in shared memory.
+  __device__ Score(const ScoreParams& p, Shared& shared, unsigned char* tiles, int stages,
+                   const Schedule& schedule)
+      : p_(p),
+        shared_(shared),
+        tiles_(tiles),
+        stages_(stages),
+        schedule_(schedule),
+        begin_(schedule.begin(blockIdx.x)),
+        end_(schedule.begin(blockIdx.x + 1)),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize),
+        r_(lane_ / 4),
+        c_(lane_ % 4) {
+    look_up(begin_);
+  }
+
+  static __device__ int num_pages(const ScoreParams& p, int row) {
+    return div_up(p.rows.seq_lens[row], p.cache.page_size);
+  }
+
+  // Score a CTA's share of all chunks.
+  __device__ void run() {
+    for (int number = begin_; number < min(end_, begin_ + stages_); ++number) copy_tile(number);
+
+    Segment segment;
+    int pages = 0;
+    for (int number = begin_; number < end_; ++number) {
+      if (number == begin_ || number == segment.first + segment.count) {
+        segment = schedule_.segment(number);
+        pages = num_pages(p_, segment.row);
+        load_query(segment);
+      }
+      const int first_page = (number - segment.first) * kChunkPages + warp_ * kTileRows;
+      if (first_page < pages) {
+        shared_.arrived[warp_][scored_.stage].wait(scored_.parity);
+        score_tile(tile(scored_), segment, first_page, pages);
+        scored_.advance(stages_);
+        __syncwarp();  // before copies overwrite the tile
+      }
+      if (number + stages_ < end_) copy_tile(number + stages_);
+    }
+  }
+
+ private:
+  __device__ unsigned char* tile(const Place& place) const {
+    return tiles_ + (place.stage * kWarps + warp_) * Tile::kBytes;
+  }
+
+  // Look up where a chunk's tile lies: a lane one page. Beyond the last, look at it again.
+  __device__ void look_up(int number) {
+    if (number >= end_) return;
+    if (number == begin_ || number == next_.first + next_.count) next_ = schedule_.segment(number);
+    const int pages = num_pages(p_, next_.row);
+    const int first_page = (number - next_.first) * kChunkPages + warp_ * kTileRows;
+    has_next_ = first_page < pages;
+    if (!has_next_) return;
+    const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
+    const int page = min(first_page + lane_ % kTileRows, pages - 1);
+    next_row_ = p_.cache.block_tokens + page % pages_per_block;
+    next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
+                            page / pages_per_block);
+  }
+
+  // Have this warp's tile of a chunk copied.
+  __device__ void copy_tile(int number) {
+    if (has_next_) {
+      const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
+                      next_.head * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
+      copy_rows<kTileRows, Tile::kRowBytes, Tile::kPitch>(tile(copied_), from,
+                                                          shared_.arrived[warp_][copied_.stage]);
+      copied_.advance(stages_);
+    }
+    look_up(number + 1);
+  }
+
+  // Repeat heads where there are too few: the maximum stays the same.
+  __device__ void load_query(const Segment& segment) {
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+      const int head = segment.head * p_.group_size + (tile * 8 + r_) % p_.group_size;
+      const T* query = static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
+                       head * p_.query_head_stride;
+#pragma unroll
+      for (int j = 0; j < kVecs; ++j) {
+        query_[tile][j] = load_once(query + Vec::kElements * Tile::vec(j, c_));
+      }
+    }
+  }
+
+  __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
+                             int pages) const {
+    // Multiply: minima with low, maxima with high.
+    const unsigned char* rows = tile + r_ * Tile::kPitch;
+    float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) {
+      Vec bounds[2][2];  // of rows r and r + 8
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto* row = reinterpret_cast<const Vec*>(rows + half * 8 * Tile::kPitch);
+        bounds[half][0] = row[Tile::vec(j, c_)];
+        bounds[half][1] = row[kHeadSize / Vec::kElements + Tile::vec(j, c_)];
+      }
+#pragma unroll
+      for (int group = 0; group < kGroupTiles; ++group) {
+        const Vec& query = query_[group][j];
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+          for (int bound = 0; bound < 2; ++bound) {
+            const MatrixA a = {{{bounds[0][bound].word[w], bounds[0][bound].word[w + 1]},
+                                {bounds[1][bound].word[w], bounds[1][bound].word[w + 1]}}};
+            const auto part = [&](uint32_t q) {
+              return bound == 0 ? min_pair<T>(q, 0) : max_pair<T>(q, 0);
+            };
+            Element<T>::mma(sum[group][bound], a, part(query.word[w]), part(query.word[w + 1]));
+          }
+        }
+      }
+    }
+
+    // Take the maximum over the query group: over a lane's two heads, tiles, then lanes.
+    float score[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      score[half] = -INFINITY;
+#pragma unroll
+      for (int group = 0; group < kGroupTiles; ++group) {
+#pragma unroll
+        for (int k = 2 * half; k < 2 * half + 2; ++k) {
+          score[half] = fmaxf(score[half], sum[group][0][k] + sum[group][1][k]);
+        }
+      }
+      score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 1));
+      score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 2));
+    }
+
+    // Write: lanes with c = 0 the tile's first 8 pages, with c = 1 the others.
+    const int page = first_page + 8 * c_ + r_;
+    if (c_ < 2 && page < pages) {
+      p_.scores[segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride + page] =
+          c_ == 0 ? score[0] : score[1];
+    }
+  }
+
+  const ScoreParams& p_;
+  Shared& shared_;
+  unsigned char* const tiles_;
+  const int stages_;
+  const Schedule& schedule_;
+  const int begin_, end_;
+  const int lane_, warp_, r_, c_;
+
+  Place copied_, scored_;  // the next tiles of this warp
+  Segment next_;           // of the tile to be copied next
+  bool has_next_ = false;
+  int next_block_ = 0, next_row_ = 0;
+
+  Vec query_[kGroupTiles][kVecs];  // query head r of each group tile
+};
+
+template <typename T, int kHeadSize, int kGroupTiles>
+__global__ void __launch_bounds__(kThreads, 1)
+    score_kernel(const __grid_constant__ ScoreParams p, int stages) {
+  // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp tiles of them.
+  using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Score::Shared*>(shared_memory);
+  unsigned char* tiles = shared_memory + sizeof(shared);
+  int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * Score::Tile::kBytes);
+
+  if (threadIdx.x < kWarps * stages) {
+    shared.arrived[threadIdx.x / stages][threadIdx.x % stages].init();
+  }
   const Schedule schedule =
       Schedule::build<kThreads>(p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
-        const int pages = pages_of_row(row);
+        const int pages = Score::num_pages(p, row);
         return pages > p.rows.budgets[row] ? div_up(pages, kChunkPages) : 0;
       });
-  const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
-
-  Vec low[2][kVecs], high[2][kVecs];  // bounds of the tile's rows r and r + 8
-  Vec query[kGroupTiles][kVecs];      // of query head r of each group tile
-
-  if (begin == end) wait_for_previous_kernel();
-  bool is_first_plan = true;
-  for (int planned = begin; planned < end; planned += kPlannedChunks) {
-    const int num_chunks = min(kPlannedChunks, end - planned);
-
-    // Look up where the bounds lie. Beyond the last page, look at it again.
-    if (threadIdx.x < num_chunks) {
-      const int chunk = planned + threadIdx.x;
-      const Segment segment = schedule.segment(chunk);
-      plan.chunks[threadIdx.x] = {segment.row, segment.head, (chunk - segment.first) * kChunkPages,
-                                  pages_of_row(segment.row)};
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < num_chunks * kChunkPages; i += kThreads) {
-      const Chunk chunk = plan.chunks[i / kChunkPages];
-      const int page = min(chunk.first_page + i % kChunkPages, chunk.num_pages - 1);
-      const int block = load_once(p.rows.block_table + chunk.row * p.rows.block_table_stride +
-                                  page / pages_per_block);
-      const int row_in_block = p.cache.block_tokens + page % pages_per_block;
-      plan.bounds[i / kChunkPages][i % kChunkPages] =
-          block * p.cache.block_stride + chunk.head * p.cache.head_stride + row_in_block * row_size;
-    }
-    __syncthreads();
-    if (is_first_plan) {
-      wait_for_previous_kernel();
-      release_next_kernel();
-      is_first_plan = false;
-    }
-
-    const auto has_tile = [&](int i) {
-      const Chunk& chunk = plan.chunks[i];
-      return i < num_chunks && chunk.first_page + warp * kTilePages < chunk.num_pages;
-    };
-    const auto load_bounds = [&](int i, int column, Vec(&bounds)[2][kVecs]) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const T* row = cache + plan.bounds[i][warp * kTilePages + half * 8 + r] + column + 8 * c;
-#pragma unroll
-        for (int j = 0; j < kVecs; ++j) bounds[half][j] = load_once(row + 32 * j);
-      }
-    };
-    const auto load_query = [&](const Chunk& chunk) {
-#pragma unroll
-      for (int tile = 0; tile < kGroupTiles; ++tile) {
-        // Repeat heads where there are too few: the maximum stays the same.
-        const int head = chunk.head * p.group_size + (tile * 8 + r) % p.group_size;
-        const T* q = static_cast<const T*>(p.query) + chunk.row * p.query_row_stride +
-                     head * p.query_head_stride + 8 * c;
-#pragma unroll
-        for (int j = 0; j < kVecs; ++j) query[tile][j] = load_once(q + 32 * j);
-      }
-    };
-
-    // Stream the tiles: the next one's bounds are on their way while one is scored.
-    if (has_tile(0)) {
-      load_bounds(0, 0, low);
-      load_bounds(0, kHeadSize, high);
-    }
-    for (int i = 0; i < num_chunks; ++i) {
-      const Chunk chunk = plan.chunks[i];
-      if (i == 0 || chunk.first_page == 0) load_query(chunk);
-      const bool scores_tile = has_tile(i), loads_tile = i + 1 < num_chunks && has_tile(i + 1);
-
-      float sum[kGroupTiles][2][4] = {};  // the two sums of a tile shorten the chain of products
-      const auto add_products = [&](const Vec(&bounds)[2][kVecs], bool are_low) {
-        const auto part = [&](uint32_t q) {
-          return are_low ? min_pair<T>(q, 0) : max_pair<T>(q, 0);
-        };
-#pragma unroll
-        for (int tile = 0; tile < kGroupTiles; ++tile) {
-#pragma unroll
-          for (int j = 0; j < kVecs; ++j) {
-#pragma unroll
-            for (int w = 0; w < 4; w += 2) {
-              const MatrixA rows = {{{bounds[0][j].word[w], bounds[0][j].word[w + 1]},
-                                     {bounds[1][j].word[w], bounds[1][j].word[w + 1]}}};
-              Element<T>::mma(sum[tile][w / 2], rows, part(query[tile][j].word[w]),
-                              part(query[tile][j].word[w + 1]));
-            }
-          }
-        }
-      };
-      if (scores_tile) add_products(low, true);
-      if (loads_tile) load_bounds(i + 1, 0, low);
-      if (scores_tile) add_products(high, false);
-      if (loads_tile) load_bounds(i + 1, kHeadSize, high);
-      if (!scores_tile) continue;
-
-      // Take the maximum over the query group: over a lane's two heads, tiles, then lanes.
-      float score[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        score[half] = -INFINITY;
-#pragma unroll
-        for (int tile = 0; tile < kGroupTiles; ++tile) {
-#pragma unroll
-          for (int k = 2 * half; k < 2 * half + 2; ++k) {
-            score[half] = fmaxf(score[half], sum[tile][0][k] + sum[tile][1][k]);
-          }
-        }
-        score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 1));
-        score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 2));
-      }
-
-      // Write: lanes with c = 0 the tile's first 8 pages, with c = 1 the others.
-      const int page = chunk.first_page + warp * kTilePages + 8 * c + r;
-      if (c < 2 && page < chunk.num_pages) {
-        p.scores[chunk.row * p.scores_row_stride + chunk.head * p.scores_head_stride + page] =
-            c == 0 ? score[0] : score[1];
-      }
-    }
-    __syncthreads();
-  }
+  Score score(p, shared, tiles, stages, schedule);
+  wait_for_previous_kernel();
+  release_next_kernel();
+  score.run();
 }
 
 }  // namespace
 
 cudaError_t score(const ScoreParams& params, cudaStream_t stream) {
+  static const char* variant = getenv("QUEST_SCORE");  // CTAs, stages
+  int ctas = 1, max_stages = 3;
+  if (variant) sscanf(variant, "%d,%d", &ctas, &max_stages);
   return for_shape(params.cache, params.group_size, [&](auto shape) {
     using S = decltype(shape);
+    using Kernel = Score<typename S::Type, S::kHeadSize, S::kGroupTiles>;
     const auto kernel = score_kernel<typename S::Type, S::kHeadSize, S::kGroupTiles>;
-    static const int ctas = ctas_per_multiprocessor(kernel, kThreads, 0);
-    return launch(kernel, ctas * num_multiprocessors(), kThreads,
-                  params.rows.num_rows * sizeof(int), stream, params);
+    const int fixed = sizeof(typename Kernel::Shared) + params.rows.num_rows * sizeof(int);
+    const int stage = kWarps * Kernel::Tile::kBytes;
+    const int stages = stages_that_fit(kernel, fixed, stage, ctas, max_stages);
+    return launch(kernel, ctas * num_multiprocessors(), kThreads, fixed + stages * stage, stream,
+                  params, stages);
   });
 }
 

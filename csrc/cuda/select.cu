@@ -1,8 +1,9 @@
 // select: each KV head's best pages, exactly, for the rows over their budget.
 //
-// The scores become integers of the same order, less the lowest of them: so their upper bits differ,
-// and counts of digits spread over shared memory. A radix select finds the lowest chosen score, eight
-// bits at a time; then the pages above it, and the first ones equal to it, are written in order.
+// The scores become integers of the same order, less the lowest of them: so their upper bits
+// differ, and counts of digits spread over shared memory. A radix select finds the lowest chosen
+// score, eight bits at a time; then the pages above it, and the first ones equal to it, are written
+// in order.
 //
 // Bytes: 4 per page and KV head, which the L2 cache still holds; some thousand operations a warp.
 // What counts is latency: the number of barriers.
@@ -216,7 +217,7 @@ class Selection {
   const Keys keys_;
   const int groups_;      // of 32 pages, for each warp
   const int first_page_;  // of this lane; the next is a group further
-  uint32_t lowest_;  // key
+  uint32_t lowest_;       // key
   int bits_;              // in which keys differ from it
   uint32_t kept_[kKept > 0 ? kKept : 1];
 };

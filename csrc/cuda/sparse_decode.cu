@@ -7,7 +7,8 @@
 //     logits  [16 positions x 8 query heads]   = keys [16 x head_size] * query^T
 //     out^T   [head_size x 8 query heads]     += values^T [head_size x 16] * weights
 //
-// Each warp has a ring of tiles in shared memory: while it attends to one, the next are on their way.
+// Each warp has a ring of tiles in shared memory: while it attends to one, the next are on their
+// way.
 //
 // A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs
 // (schedule.cuh). What a CTA's warps found for one (row, KV head) is merged in shared memory; where
@@ -22,13 +23,13 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
+#include "tiles.cuh"
 
 namespace quest::cuda {
 namespace {
 
 constexpr int kTileTokens = 16;
 constexpr int kHalfTokens = kTileTokens / 2;  // page sizes are multiples of it
-constexpr int kMaxStages = 8;                 // tiles in a warp's ring
 constexpr int kSlab = 64;                     // of the head size, merged at a time
 constexpr int kSlabRow = kSlab + 4;           // in shared memory, against bank conflicts
 constexpr int kMaxCtasPerMultiprocessor = 2;  // the workspace is made for
@@ -38,8 +39,8 @@ struct Sizes {
   static constexpr int kWarps = kNumWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkTokens = kWarps * kTileTokens;
-  static constexpr int kHeads = 8 * kGroupTiles;   // of a query group, padded
-  static constexpr int kVecs = kHeadSize / 32;     // of a key that a lane needs
+  static constexpr int kHeads = 8 * kGroupTiles;  // of a query group, padded
+  static constexpr int kVecs = kHeadSize / 32;    // of a key that a lane needs
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   static constexpr int kRowBytes = 4 * kHeadSize;  // a key and a value
   static constexpr int kPitch = kRowBytes + 16;    // of a tile's rows, against bank conflicts
@@ -123,19 +124,6 @@ class SparseDecode {
   static constexpr int kRowSize = 2 * kHeadSize;
   static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane looks up one half of a tile
 
-  // A place in the ring.
-  struct Place {
-    int stage = 0;
-    uint32_t parity = 0;
-
-    __device__ void advance(int stages) {
-      if (++stage == stages) {
-        stage = 0;
-        parity ^= 1;
-      }
-    }
-  };
-
   // Positions from the start of this warp's tile to the row's end, in a (row, KV head)'s chunk.
   __device__ int remaining(int tokens, int chunk) const {
     return tokens - chunk * kChunkTokens - warp_ * kTileTokens;
@@ -173,8 +161,7 @@ class SparseDecode {
     const int rest = __shfl_sync(kAllLanes, planned_rest_, lane);
     if (rest <= 0) return;
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
-    const int64_t start =
-        __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
+    const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
     copy_rows<kTileTokens, S::kRowBytes, S::kPitch>(
         tiles_ + (copied_.stage * kWarps + warp_) * S::kTileBytes,
@@ -480,9 +467,9 @@ class SparseDecode {
   const Schedule& schedule_;
   const int begin_, end_;
 
-  Place copied_, attended_;  // the next tiles of this warp
-  int planned_;              // chunk of the first planned tile
-  int planned_rest_ = 0;     // positions from the start of this lane's planned tile
+  Place copied_, attended_;    // the next tiles of this warp
+  int planned_;                // chunk of the first planned tile
+  int planned_rest_ = 0;       // positions from the start of this lane's planned tile
   int64_t planned_start_ = 0;  // of its half in the cache, in elements
 
   const int lane_, warp_, r_, c_;
@@ -517,22 +504,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <typename M, typename S>
 cudaError_t launch_decode(const SparseDecodeParams& params, int ctas_wanted, int max_stages,
                           cudaStream_t stream) {
-  const auto kernel =
-      sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles, S>;
-  static const int of_a_cta = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  static const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  static const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  static const int sms = num_multiprocessors();
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, of_a_cta);
-  if (allowed != cudaSuccess) return allowed;
-
+  const auto kernel = sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles, S>;
   const int fixed = sizeof(Shared<S, M::kGroupTiles>) + params.rows.num_rows * sizeof(int);
   const int stage = S::kWarps * S::kTileBytes;
-  const int room = std::min(of_a_cta, of_all / ctas_wanted - reserved);
-  const int stages = std::clamp((room - fixed) / stage, 1, max_stages);
-  return launch(kernel, ctas_wanted * sms, S::kThreads, fixed + stages * stage, stream, params,
-                stages);
+  const int stages = stages_that_fit(kernel, fixed, stage, ctas_wanted, max_stages);
+  return launch(kernel, ctas_wanted * num_multiprocessors(), S::kThreads, fixed + stages * stage,
+                stream, params, stages);
 }
 
 }  // namespace
@@ -550,9 +527,6 @@ cudaError_t sparse_decode(const SparseDecodeParams& params, cudaStream_t stream)
     if constexpr (M::kHeadSize == 128 && M::kGroupTiles == 1) {
       if (warps == 4) {
         return launch_decode<M, Sizes<128, 1, 4>>(params, ctas, stages, stream);
-      }
-      if (warps == 12) {
-        return launch_decode<M, Sizes<128, 1, 12>>(params, ctas, stages, stream);
       }
     }
     return launch_decode<M, Sizes<M::kHeadSize, M::kGroupTiles>>(params, ctas, stages, stream);

@@ -50,8 +50,9 @@ class RunWriter {
     const int count = count_slots();
     const int first =
         static_cast<int>(p_.slot_mapping[last_slot_ - count + 1] % p_.cache.page_size);
-    // Keys of the page that this run does not write: those before it, and any that it skips.
-    const int num_stored = last_ - first + 1 == count ? first : last_ + 1;
+    // Keys of the page that count as well: those before the run, or, where it skips some, all.
+    const bool skips = last_ - first + 1 != count;
+    const int num_stored = skips ? last_ + 1 : first;
 
     const int64_t token = page_ * p_.cache.page_size;
     const int64_t block = token / p_.cache.block_tokens;
@@ -67,9 +68,10 @@ class RunWriter {
          column += Vec::kElements * kWarpSize) {
       const bool is_key = column < head_size;
       Extremes<T> extremes;
+      if (is_key && !skips) read_stored(num_stored, page_rows + column, extremes);
       copy_run(count, column, is_key, page_rows, extremes);
       if (!is_key) continue;
-      read_stored(num_stored, page_rows + column, extremes);
+      if (skips) read_stored(num_stored, page_rows + column, extremes);
       store(bounds + column, extremes.low);
       store(bounds + head_size + column, extremes.high);
     }
@@ -115,14 +117,15 @@ class RunWriter {
   }
 
   __device__ void read_stored(int num_stored, const T* keys, Extremes<T>& extremes) const {
-    for (int i = 0; i < num_stored; i += kRowsInFlight) {
-      Vec rows[kRowsInFlight];
+    constexpr int kInFlight = 16;
+    for (int i = 0; i < num_stored; i += kInFlight) {
+      Vec rows[kInFlight];
 #pragma unroll
-      for (int k = 0; k < kRowsInFlight; ++k) {
+      for (int k = 0; k < kInFlight; ++k) {
         rows[k] = load_once(keys + min(i + k, num_stored - 1) * 2 * p_.cache.head_size);
       }
 #pragma unroll
-      for (int k = 0; k < kRowsInFlight; ++k) extremes.add(rows[k]);
+      for (int k = 0; k < kInFlight; ++k) extremes.add(rows[k]);
     }
   }
 
@@ -134,12 +137,13 @@ class RunWriter {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    write_kv_kernel(const __grid_constant__ WriteKvParams p, int window) {
-  // grid: [windows of slots]; a CTA handles the runs that end in its window, a warp one head each.
+    write_kv_kernel(const __grid_constant__ WriteKvParams p, int window, int parts) {
+  // grid: [windows of slots, parts of the heads]; a CTA handles the runs that end in its window, a
+  // warp one head each.
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
   // Find the ends of runs: slots followed by another page, by padding, or by nothing.
-  const int slot = blockIdx.x * window + lane;
+  const int first_slot = blockIdx.x / parts * window, slot = first_slot + lane;
   bool is_end = false;
   if (lane < window && slot < p.num_slots && p.slot_mapping[slot] >= 0) {
     const int64_t next = slot + 1 < p.num_slots ? p.slot_mapping[slot + 1] : -1;
@@ -149,10 +153,10 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous_kernel();
   release_next_kernel();
 
-  for (int pair = warp; pair < __popc(ends) * p.cache.num_kv_heads; pair += kWarps) {
-    const int run = pair / p.cache.num_kv_heads, head = pair % p.cache.num_kv_heads;
-    const int last_slot = blockIdx.x * window + __fns(ends, 0, run + 1);
-    RunWriter<T>(p, last_slot, head).run();
+  const int part = blockIdx.x % parts, heads = div_up(p.cache.num_kv_heads - part, parts);
+  for (int pair = warp; pair < __popc(ends) * heads; pair += kWarps) {
+    const int run = pair / heads, head = pair % heads * parts + part;
+    RunWriter<T>(p, first_slot + __fns(ends, 0, run + 1), head).run();
   }
 }
 
@@ -160,10 +164,11 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
   const int window = params.num_slots <= kSmallBatch ? 1 : kWindow;
-  const int ctas = div_up(params.num_slots, window);
+  const int parts = window == 1 ? div_up(params.cache.num_kv_heads, kWarps) : 1;
+  const int ctas = div_up(params.num_slots, window) * parts;
   const auto kernel = params.cache.dtype == DType::kBFloat16 ? write_kv_kernel<__nv_bfloat16>
                                                              : write_kv_kernel<__half>;
-  return launch(kernel, ctas, kThreads, 0, stream, params, window);
+  return launch(kernel, ctas, kThreads, 0, stream, params, window, parts);
 }
 
 }  // namespace quest::cuda
