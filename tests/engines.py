@@ -5,6 +5,7 @@ import gc
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ VOCABULARY = 512
 ON_GPU = torch.cuda.is_available()
 DENSE = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
 """The backend that QUEST is compared with."""
+
+NEAR_TIE = 0.25
+"""A lead in log probability that rounding to bf16, of logits about 8, may undo in few layers."""
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +40,14 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of an answer, with the lead in log probability that each had over the next."""
+
+    tokens: tuple[int, ...]
+    leads: tuple[float, ...] = field(compare=False)
 
 
 def write_model(folder: Path, **changes: Any) -> str:
@@ -78,6 +90,7 @@ def engine(
         "additional_config": {"quest": quest or {}} if backend == "QUEST" else {},
         "enforce_eager": True,
         "kv_cache_memory_bytes": 1 << 28,
+        "gpu_memory_utilization": 0.15 if ON_GPU else 0.9,  # several tests may share a GPU
         "disable_log_stats": False,
         "skip_tokenizer_init": not has_tokenizer,
         "dtype": "auto" if has_tokenizer else "bfloat16" if ON_GPU else "float32",
@@ -93,7 +106,9 @@ def engine(
 
 
 def greedy(num_tokens: int, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **options)
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2, **options
+    )
 
 
 def generate(
@@ -101,10 +116,41 @@ def generate(
     prompts: Sequence[Any],
     params: SamplingParams | Sequence[SamplingParams],
     **options: Any,
-) -> list[list[int]]:
-    """The token ids that a fresh engine answers each prompt with."""
+) -> list[Answer]:
+    """What a fresh engine answers each prompt with."""
     with engine(model, **options) as llm:
-        return token_ids(llm, prompts, params)
+        return answers(llm, prompts, params)
+
+
+def agree(left: Sequence[Answer], right: Sequence[Answer]) -> bool:
+    """Whether two runs answer alike: up to the first token that bf16 rounding may have decided.
+
+    In fp32, on the CPU, nothing is left to rounding and all tokens must be the same.
+    """
+    return all(_agree(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _agree(left: Answer, right: Answer) -> bool:
+    for ours, theirs, lead in zip(left.tokens, right.tokens, left.leads, strict=True):
+        if ours != theirs:
+            return ON_GPU and lead < NEAR_TIE
+    return True
+
+
+def answers(
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Answer]:
+    """What `agree` compares; the sampling parameters must ask for two log probabilities."""
+    results = [result.outputs[0] for result in llm.generate(prompts, params, use_tqdm=False)]
+    return [
+        Answer(tuple(output.token_ids), tuple(map(_lead, output.logprobs or ())))
+        for output in results
+    ]
+
+
+def _lead(logprobs: dict[int, Any]) -> float:
+    first, second = sorted((entry.logprob for entry in logprobs.values()), reverse=True)[:2]
+    return first - second
 
 
 def token_ids(
