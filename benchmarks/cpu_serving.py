@@ -42,15 +42,16 @@ MODEL = {
 }
 
 
-def variants(token_budget: int) -> dict[str, dict[str, Any]]:
+def variants(token_budget: int, dense_layers: list[int]) -> dict[str, dict[str, Any]]:
     """The engines to compare, by name."""
-    quest = {"attention_backend": "QUEST"}
-    return {
-        "CPU_ATTN": {"attention_backend": "CPU_ATTN"},
-        "QUEST, 0 dense": quest
-        | {"additional_config": {"quest": {"token_budget": token_budget, "dense_layers": 0}}},
-        "QUEST, 2 dense": quest | {"additional_config": {"quest": {"token_budget": token_budget}}},
-    }
+    engines: dict[str, dict[str, Any]] = {"CPU_ATTN": {"attention_backend": "CPU_ATTN"}}
+    for layers in dense_layers:
+        settings = {"token_budget": token_budget, "dense_layers": layers}
+        engines[f"QUEST, {layers} dense"] = {
+            "attention_backend": "QUEST",
+            "additional_config": {"quest": settings},
+        }
+    return engines
 
 
 def measure(
@@ -93,13 +94,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 61440])
+    parser.add_argument(
+        "--quest-dense-layers",
+        type=int,
+        nargs="*",
+        default=[0, 2],
+        metavar="LAYERS",
+        help="engines of QUEST to run, by their dense layers (0 2)",
+    )
     parser.add_argument("--budget", type=int, default=2048, help="token budget (2048)")
     parser.add_argument("--tokens", type=int, default=64, help="output tokens to time (64)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
 
     print_machine()
-    engines = variants(arguments.budget)
+    engines = variants(arguments.budget, arguments.quest_dense_layers)
     with (
         tempfile.TemporaryDirectory() as folder,
         tqdm(total=len(engines) * len(arguments.contexts), unit="run") as progress,
