@@ -21,20 +21,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// CTAs of a kernel that one multiprocessor holds at a time. Allows the kernel `shared_bytes` of
-// dynamic shared memory, and kMaxRows integers more.
-template <typename Params>
-int ctas_per_multiprocessor(void (*kernel)(Params), int threads, int shared_bytes) {
-  const int few_rows = 64;
-  const int of_a_row = sizeof(int);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       shared_bytes + kMaxRows * of_a_row);
-  int ctas = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, threads,
-                                                shared_bytes + few_rows * of_a_row);
-  return ctas > 0 ? ctas : 1;
-}
-
 // Starts a kernel that may overlap the end of the one before it (see wait_for_previous_kernel).
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), int ctas, int threads, size_t shared_bytes,
@@ -52,17 +38,20 @@ cudaError_t launch(void (*kernel)(Params...), int ctas, int threads, size_t shar
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
-// How many stages of shared memory a CTA can have, beside `fixed` bytes, where `ctas` of them share
-// a multiprocessor. Allows the kernel as much.
+// Bytes of dynamic shared memory that a CTA can have where `ctas` of them share a multiprocessor;
+// allows the kernel as much. 0 if CUDA refuses. Takes some microseconds: ask once per kernel.
 template <typename... Params>
-int stages_that_fit(void (*kernel)(Params...), int fixed, int stage_bytes, int ctas,
-                    int max_stages) {
+int shared_memory_for(void (*kernel)(Params...), int ctas) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
+  const int static_bytes = static_cast<int>(attributes.sharedSizeBytes);
   const int of_a_cta = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, of_a_cta);
-  const int room = std::min(of_a_cta, of_all / ctas - reserved) - fixed;
-  return std::clamp(room / stage_bytes, 1, max_stages);
+  const int bytes = std::min(of_a_cta, of_all / ctas - reserved) - static_bytes;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return error == cudaSuccess ? bytes : 0;
 }
 
 // What a kernel is compiled for: the element type, the head size, and how many groups of 8 query

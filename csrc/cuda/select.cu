@@ -1,12 +1,15 @@
 // select: each KV head's best pages, exactly, for the rows over their budget.
 //
-// The scores become integers of the same order, less the lowest of them: so their upper bits
-// differ, and counts of digits spread over shared memory. A radix select finds the lowest chosen
-// score, eight bits at a time; then the pages above it, and the first ones equal to it, are written
-// in order.
+// Every page has a value of its own: its score as an integer of the same order, above its number
+// counted backwards, so of two equal scores the lower page has the higher value. A radix select
+// narrows down where the lowest chosen value lies, 11 bits at a time, until at most 32 pages are
+// undecided; these are compared one with another. Scores count from the lowest of them, so that
+// their upper bits differ: mostly one step is enough, and few of its counts share a bin.
 //
-// Bytes: 4 per page and KV head, which the L2 cache still holds; some thousand operations a warp.
-// What counts is latency: the number of barriers.
+// Bytes: 4 per page and KV head, which the L2 cache still holds. What counts is latency: barriers,
+// and the instructions between them.
+#include <algorithm>
+
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
@@ -14,10 +17,11 @@
 namespace quest::cuda {
 namespace {
 
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
-constexpr int kPasses = 32 / kDigitBits;
-constexpr int kKeptKeys = 16;  // that a thread has registers for
+constexpr int kDigitBits = 11;
+constexpr int kBins = 1 << kDigitBits;
+constexpr int kKeptKeys = 16;             // that a thread has registers for
+constexpr int kThreadsResident = 1024;    // of a multiprocessor: leaves 64 registers each
+constexpr int kMaxUndecided = kWarpSize;  // a lane each
 
 struct Keys {
   const float* scores;
@@ -31,16 +35,24 @@ struct Keys {
   }
 };
 
-// What is known of the lowest chosen key: its upper bits, `prefix` where `mask` is set. All keys
-// above are chosen, and of those that agree with it the first `num_equal`.
-struct Threshold {
-  uint32_t prefix = 0, mask = 0;
-  int num_equal;
+template <int kThreads>
+struct Shared {
+  alignas(16) int histogram[kBins];  // 0 but between counting and reading
+  uint32_t lowest[kThreads / kWarpSize], highest[kThreads / kWarpSize];
+  int counted[kThreads / kWarpSize];  // in a warp's bins
+  struct {
+    int bin, above, count;  // pages in higher bins, and in this one
+  } found;
+  int num_undecided;
+  uint64_t undecided[kMaxUndecided];
+  int chosen[kThreads / kWarpSize];  // that are decided
 };
 
-// A digit, the number of keys with a higher one, and of keys with this one.
-struct Found {
-  int digit, above, equal;
+// Values from `low` and below `high` are undecided: the highest `count` of them are chosen, and all
+// from `high`.
+struct Undecided {
+  uint64_t low, high;
+  int count;
 };
 
 // What all threads of a CTA do together. They hold pages in the order [warp, group of 32, lane],
@@ -50,140 +62,143 @@ class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
 
-  struct Shared {
-    alignas(16) int histogram[kPasses][kDigits];
-    uint32_t lowest[kWarps], highest[kWarps];
-    Found found;
-    int above[kWarps], equal[kWarps];
-  };
-
-  __device__ Selection(Shared& shared, const Keys& keys)
+  __device__ Selection(Shared<kThreads>& shared, const Keys& keys)
       : shared_(shared),
         keys_(keys),
         groups_(div_up(keys.num_pages, kThreads)),
-        first_page_(threadIdx.x / kWarpSize * groups_ * kWarpSize + threadIdx.x % kWarpSize) {
-    for (int i = threadIdx.x; i < kPasses * kDigits; i += kThreads) {
-      (&shared.histogram[0][0])[i] = 0;
-    }
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize),
+        first_page_(warp_ * groups_ * kWarpSize) {
     if constexpr (kKept > 0) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        kept_[i] = i < groups_ ? keys_.load(first_page_ + i * kWarpSize) : 0;
+        kept_[i] = i < groups_ ? keys_.load(first_page_ + i * kWarpSize + lane_) : 0;
       }
     }
 
     // Find the range of the keys.
     uint32_t lowest = ~0u, highest = 0;
-    for_each_key([&](uint32_t key, bool is_page) {
-      lowest = is_page ? min(lowest, key) : lowest;
-      highest = is_page ? max(highest, key) : highest;
+    for_each_key([&](uint32_t key, int page) {
+      lowest = is_page(page) ? min(lowest, key) : lowest;
+      highest = max(highest, key);
     });
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     lowest = __reduce_min_sync(kAllLanes, lowest);
     highest = __reduce_max_sync(kAllLanes, highest);
-    if (lane == 0) {
-      shared.lowest[warp] = lowest;
-      shared.highest[warp] = highest;
+    if (lane_ == 0) {
+      shared.lowest[warp_] = lowest;
+      shared.highest[warp_] = highest;
     }
     __syncthreads();
-    lowest_ = __reduce_min_sync(kAllLanes, lane < kWarps ? shared.lowest[lane] : ~0u);
-    highest = __reduce_max_sync(kAllLanes, lane < kWarps ? shared.highest[lane] : 0);
-    bits_ = 32 - __clz(highest - lowest_);
+    lowest_ = __reduce_min_sync(kAllLanes, lane_ < kWarps ? shared.lowest[lane_] : ~0u);
+    highest = __reduce_max_sync(kAllLanes, lane_ < kWarps ? shared.highest[lane_] : 0);
+    page_bits_ = 32 - __clz(keys.num_pages - 1);
+    bits_ = 32 - __clz(highest - lowest_) + page_bits_;
   }
 
-  // Find the lowest of the `count` highest keys.
-  __device__ Threshold find(int count) {
-    Threshold threshold = {.num_equal = count};
-    int pass = 0;
-    for (int bits = bits_; bits > 0; bits -= kDigitBits) {
-      int* histogram = shared_.histogram[pass++];
+  // Narrow down the lowest of the `count` highest values.
+  __device__ Undecided narrow(int count) {
+    uint64_t prefix = 0;  // of the undecided values, above `bits`
+    for (int bits = bits_;;) {
       const int shift = max(0, bits - kDigitBits);
-
-      // Count the next digit of the keys that agree so far.
-      for_each_key([&](uint32_t key, bool is_page) {
-        key -= lowest_;
-        if (is_page && (key & threshold.mask) == threshold.prefix) {
-          atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
-        }
+      const uint64_t first_bin = prefix << (bits - shift);
+      const uint64_t num_bins = uint64_t{1} << (bits - shift);
+      for_each_key([&](uint32_t key, int page) {
+        const uint64_t bin = (value(key, page) >> shift) - first_bin;
+        if (is_page(page) && bin < num_bins) atomicAdd(&shared_.histogram[bin], 1);
       });
       __syncthreads();
-
-      if (threadIdx.x < kWarpSize) find_digit(histogram, threshold.num_equal);
+      find_bin(count);
       __syncthreads();
-      const Found found = shared_.found;
-      threshold.prefix |= static_cast<uint32_t>(found.digit) << shift;
-      threshold.mask |= static_cast<uint32_t>(kDigits - 1) << shift;
-      threshold.num_equal -= found.above;
-      if (threshold.num_equal == found.equal) break;  // all that agree so far are chosen
+      const auto found = shared_.found;
+      prefix = first_bin + found.bin;
+      bits = shift;
+      count -= found.above;
+      const uint64_t low = prefix << bits, high = (prefix + 1) << bits;
+      if (count == found.count) return {low, low, 0};
+      if (found.count <= kMaxUndecided) return {low, high, count};
     }
-    return threshold;
   }
 
   // Write the chosen pages in ascending order.
-  __device__ void write(const Threshold& threshold, int32_t* pages) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const unsigned lanes_below = (1u << lane) - 1;
-
-    // Count this warp's chosen pages.
-    int above = 0, equal = 0;
-    for_each_key([&](uint32_t key, bool is_page) {
-      key = (key - lowest_) & threshold.mask;
-      above += __popc(__ballot_sync(kAllLanes, is_page && key > threshold.prefix));
-      equal += __popc(__ballot_sync(kAllLanes, is_page && key == threshold.prefix));
+  __device__ void write(const Undecided& range, int32_t* pages) {
+    // Count those decided, and collect the others.
+    int before = 0;
+    for_each_key([&](uint32_t key, int page) {
+      const uint64_t v = value(key, page);
+      before += __popc(__ballot_sync(kAllLanes, is_page(page) && v >= range.high));
+      if (is_page(page) && v >= range.low && v < range.high) {
+        shared_.undecided[atomicAdd(&shared_.num_undecided, 1)] = v;
+      }
     });
-    if (lane == 0) {
-      shared_.above[warp] = above;
-      shared_.equal[warp] = equal;
-    }
+    if (lane_ == 0) shared_.chosen[warp_] = before;
     __syncthreads();
 
-    // Count those of the warps before.
-    above = __reduce_add_sync(kAllLanes, lane < warp ? shared_.above[lane] : 0);
-    equal = __reduce_add_sync(kAllLanes, lane < warp ? shared_.equal[lane] : 0);
+    // Each warp decides on all of them, a lane on one, and counts pages that come before its own.
+    const int num_undecided = shared_.num_undecided;
+    uint64_t lowest_chosen = range.high;
+    before = __reduce_add_sync(kAllLanes, lane_ < warp_ ? shared_.chosen[lane_] : 0);
+    if (num_undecided > 0) {
+      const uint64_t mine = lane_ < num_undecided ? shared_.undecided[lane_] : 0;
+      int rank = 0;
+      for (int i = 0; i < num_undecided; ++i) rank += shared_.undecided[i] > mine;
+      const bool is_chosen = lane_ < num_undecided && rank < range.count;
+      before += __popc(__ballot_sync(kAllLanes, is_chosen && page_of(mine) < first_page_));
+      const unsigned last = __ballot_sync(kAllLanes, is_chosen && rank == range.count - 1);
+      lowest_chosen = __shfl_sync(kAllLanes, mine, __ffs(last) - 1);
+    }
 
-    int page = first_page_;
-    for_each_key([&](uint32_t key, bool is_page) {
-      key = (key - lowest_) & threshold.mask;
-      const bool is_above = is_page && key > threshold.prefix;
-      const bool is_equal = is_page && key == threshold.prefix;
-      const unsigned all_above = __ballot_sync(kAllLanes, is_above);
-      const unsigned all_equal = __ballot_sync(kAllLanes, is_equal);
-      const int above_before = above + __popc(all_above & lanes_below);
-      const int equal_before = equal + __popc(all_equal & lanes_below);
-      if (is_above || (is_equal && equal_before < threshold.num_equal)) {
-        pages[above_before + min(equal_before, threshold.num_equal)] = page;
-      }
-      above += __popc(all_above);
-      equal += __popc(all_equal);
-      page += kWarpSize;
+    const unsigned lanes_below = (1u << lane_) - 1;
+    for_each_key([&](uint32_t key, int page) {
+      const bool is_chosen = is_page(page) && value(key, page) >= lowest_chosen;
+      const unsigned chosen = __ballot_sync(kAllLanes, is_chosen);
+      if (is_chosen) pages[before + __popc(chosen & lanes_below)] = page;
+      before += __popc(chosen);
     });
   }
 
  private:
-  // One warp: find the digit at which `count` is reached from above.
-  __device__ void find_digit(const int* histogram, int count) {
-    constexpr int kPerLane = kDigits / kWarpSize;
-    const int lane = threadIdx.x;
-    const int highest = kDigits - 1 - lane * kPerLane;  // of this lane's digits
-    int counts[kPerLane], sum = 0;
+  __device__ bool is_page(int page) const { return page < keys_.num_pages; }
+
+  __device__ uint64_t value(uint32_t key, int page) const {
+    return uint64_t{key - lowest_} << page_bits_ |
+           static_cast<uint32_t>(keys_.num_pages - 1 - page);
+  }
+
+  __device__ int page_of(uint64_t value) const {
+    return keys_.num_pages - 1 - (static_cast<int>(value) & ((1 << page_bits_) - 1));
+  }
+
+  // Find the bin in which `count` is reached from above, and clear the histogram.
+  __device__ void find_bin(int count) {
+    constexpr int kPerThread = kBins / kThreads;
+    static_assert(kPerThread % 4 == 0);
+    const int highest = kBins - 1 - threadIdx.x * kPerThread;  // of this thread's bins
+    int counts[kPerThread], sum = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; i += 4) {
-      const int4 four = *reinterpret_cast<const int4*>(histogram + highest - i - 3);
-      counts[i] = four.w;
-      counts[i + 1] = four.z;
-      counts[i + 2] = four.y;
-      counts[i + 3] = four.x;
-      sum += four.w + four.z + four.y + four.x;
+    for (int i = 0; i < kPerThread; i += 4) {
+      auto* const four = reinterpret_cast<int4*>(shared_.histogram + highest - i - 3);
+      const int4 bins = *four;
+      *four = {};
+      counts[i] = bins.w;
+      counts[i + 1] = bins.z;
+      counts[i + 2] = bins.y;
+      counts[i + 3] = bins.x;
+      sum += bins.w + bins.z + bins.y + bins.x;
     }
     int up_to_lane = sum;
+#pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int below = __shfl_up_sync(kAllLanes, up_to_lane, step);
-      if (lane >= step) up_to_lane += below;
+      if (lane_ >= step) up_to_lane += below;
     }
-    int above = up_to_lane - sum;
-    if (above >= count || up_to_lane < count) return;
+    if (lane_ == kWarpSize - 1) shared_.counted[warp_] = up_to_lane;
+    if (threadIdx.x == 0) shared_.num_undecided = 0;
+    __syncthreads();
+    int above = __reduce_add_sync(kAllLanes, lane_ < warp_ ? shared_.counted[lane_] : 0);
+    above += up_to_lane - sum;
+    if (above >= count || above + sum < count) return;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
+    for (int i = 0; i < kPerThread; ++i) {
       if (above < count && above + counts[i] >= count) {
         shared_.found = {highest - i, above, counts[i]};
       }
@@ -191,49 +206,48 @@ class Selection {
     }
   }
 
-  // Calls f(key, whether there is such a page) for a lane's keys; whole warps come here together.
+  // Calls f(key, page) for a lane's keys, and pages past the last; a whole warp does so together.
   template <typename F>
   __device__ void for_each_key(F f) {
+    const int first = first_page_ + lane_;
     if constexpr (kKept > 0) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        if (i < groups_) f(kept_[i], first_page_ + i * kWarpSize < keys_.num_pages);
+        if (i < groups_) f(kept_[i], first + i * kWarpSize);
       }
     } else {
       constexpr int kInFlight = 8;
       for (int i = 0; i < groups_; i += kInFlight) {
         uint32_t key[kInFlight];
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) key[k] = keys_.load(first_page_ + (i + k) * kWarpSize);
+        for (int k = 0; k < kInFlight; ++k) key[k] = keys_.load(first + (i + k) * kWarpSize);
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
-          if (i + k < groups_) f(key[k], first_page_ + (i + k) * kWarpSize < keys_.num_pages);
+          if (i + k < groups_) f(key[k], first + (i + k) * kWarpSize);
         }
       }
     }
   }
 
-  Shared& shared_;
+  Shared<kThreads>& shared_;
   const Keys keys_;
-  const int groups_;      // of 32 pages, for each warp
-  const int first_page_;  // of this lane; the next is a group further
+  const int groups_;  // of 32 pages, for each warp
+  const int lane_, warp_;
+  const int first_page_;  // of this warp
   uint32_t lowest_;       // key
-  int bits_;              // in which keys differ from it
+  int page_bits_;         // of a value
+  int bits_;              // of all values
   uint32_t kept_[kKept > 0 ? kKept : 1];
 };
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     select_kernel(const __grid_constant__ SelectParams p) {
   // grid: [CTAs that the GPU holds]; a CTA selects for its share of the (row, KV head) pairs.
-  using Kept = Selection<kThreads, kKeptKeys>;
-  using Loaded = Selection<kThreads, 0>;
   extern __shared__ int row_end[];
-  __shared__ union {
-    typename Kept::Shared kept;
-    typename Loaded::Shared loaded;
-  } shared;
+  __shared__ Shared<kThreads> shared;
 
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
   const Schedule schedule = Schedule::build<kThreads>(
       p.num_rows, p.num_kv_heads, row_end,
       [&](int row) { return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0; });
@@ -252,36 +266,33 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 
     // The newest page comes last whatever its score; the others compete.
     if (threadIdx.x == 0) pages[budget - 1] = newest;
-    if (budget > 1) {
-      if (newest <= kThreads * kKeptKeys) {
-        Kept selection(shared.kept, keys);
-        selection.write(selection.find(budget - 1), pages);
-      } else {
-        Loaded selection(shared.loaded, keys);
-        selection.write(selection.find(budget - 1), pages);
-      }
+    if (budget == 1) continue;
+    if (newest <= kThreads * kKeptKeys) {
+      Selection<kThreads, kKeptKeys> selection(shared, keys);
+      selection.write(selection.narrow(budget - 1), pages);
+    } else {
+      Selection<kThreads, 0> selection(shared, keys);
+      selection.write(selection.narrow(budget - 1), pages);
     }
-    __syncthreads();
   }
 }
 
 template <int kThreads>
 cudaError_t launch_select(const SelectParams& params, cudaStream_t stream) {
-  static const int ctas = ctas_per_multiprocessor(select_kernel<kThreads>, kThreads, 0);
-  const int64_t pairs = static_cast<int64_t>(params.num_rows) * params.num_kv_heads;
-  const int64_t held = static_cast<int64_t>(ctas) * num_multiprocessors();
-  return launch(select_kernel<kThreads>, static_cast<int>(pairs < held ? pairs : held), kThreads,
-                params.num_rows * sizeof(int), stream, params);
+  const int held = kThreadsResident / kThreads * num_multiprocessors();
+  return launch(select_kernel<kThreads>, std::min(params.num_rows * params.num_kv_heads, held),
+                kThreads, params.num_rows * sizeof(int), stream, params);
 }
 
 }  // namespace
 
 cudaError_t select(const SelectParams& params, cudaStream_t stream) {
   // CTAs as wide as leaves room for one per pair.
-  const int pairs = params.num_rows * params.num_kv_heads, sms = num_multiprocessors();
-  return pairs <= sms       ? launch_select<1024>(params, stream)
-         : pairs <= 2 * sms ? launch_select<512>(params, stream)
-                            : launch_select<256>(params, stream);
+  constexpr int kWide = 512, kNarrow = 256;
+  const int wide_held = kThreadsResident / kWide * num_multiprocessors();
+  return params.num_rows * params.num_kv_heads <= wide_held
+             ? launch_select<kWide>(params, stream)
+             : launch_select<kNarrow>(params, stream);
 }
 
 }  // namespace quest::cuda

@@ -17,8 +17,6 @@
 //
 // Bytes: 4 * head_size per attended token and KV head, each read once. Nothing else counts.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 
 #include "device.cuh"
 #include "launch.cuh"
@@ -28,24 +26,27 @@
 namespace quest::cuda {
 namespace {
 
-constexpr int kTileTokens = 16;
+constexpr int kTileTokens = kTileRows;
 constexpr int kHalfTokens = kTileTokens / 2;  // page sizes are multiples of it
 constexpr int kSlab = 64;                     // of the head size, merged at a time
 constexpr int kSlabRow = kSlab + 4;           // in shared memory, against bank conflicts
-constexpr int kMaxCtasPerMultiprocessor = 2;  // the workspace is made for
 
-template <int kHeadSize, int kGroupTiles, int kNumWarps = kHeadSize <= 128 ? 8 : 4>
+// On an H200, 1 CTA of 8 warps, with 2 stages or more, is the fastest or within 2% of it. 2 CTAs of
+// 4 warps are as fast where rows are many, and slower where they are few.
+constexpr int kCtasPerMultiprocessor = 1;
+constexpr int kMaxStages = 3;  // tiles in a warp's ring
+
+template <int kHeadSize, int kGroupTiles>
 struct Sizes {
-  static constexpr int kWarps = kNumWarps;
+  static constexpr int kWarps = kRings<kHeadSize>;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkTokens = kWarps * kTileTokens;
-  static constexpr int kHeads = 8 * kGroupTiles;  // of a query group, padded
-  static constexpr int kVecs = kHeadSize / 32;    // of a key that a lane needs
+  static constexpr int kHeads = 8 * kGroupTiles;        // of a query group, padded
+  static constexpr int kVecs = Tile<kHeadSize>::kVecs;  // of a key that a lane needs
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
-  static constexpr int kRowBytes = 4 * kHeadSize;  // a key and a value
-  static constexpr int kPitch = kRowBytes + 16;    // of a tile's rows, against bank conflicts
-  static constexpr int kTileBytes = kTileTokens * kPitch;
-  static_assert(kHeadSize % 32 == 0);
+  static constexpr int kRowBytes = Tile<kHeadSize>::kRowBytes;  // a key and a value
+  static constexpr int kPitch = Tile<kHeadSize>::kPitch;
+  static constexpr int kTileBytes = Tile<kHeadSize>::kBytes;
 };
 
 template <typename S, int kGroupTiles>
@@ -178,13 +179,6 @@ class SparseDecode {
     add_values(tile, weights);
   }
 
-  // Which 16 bytes of a key a lane's operands come from. Two words of them are an operand of a
-  // matrix product, which believes them to be other dimensions; the query's are the same. In this
-  // order, eight neighbouring lanes read 8 different places modulo 128 bytes.
-  static __device__ int key_vec(int j, int c) {
-    return (j | 1) < kVecs ? j / 2 * 8 + 2 * c + j % 2 : j * 4 + c;
-  }
-
   // Begin with a (row, KV head): its query, and nothing attended to.
   __device__ void start(const Segment& segment) {
     for (int i = threadIdx.x; i < kGroupTiles * kVecs * kWarpSize; i += kThreads) {
@@ -194,7 +188,7 @@ class SparseDecode {
       if (head < p_.group_size) {
         query = load_once(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
                           (segment.head * p_.group_size + head) * p_.query_head_stride +
-                          Vec::kElements * key_vec(j, lane % 4));
+                          Vec::kElements * Tile<kHeadSize>::vec(j, lane % 4));
       }
       shared_.query[tile][j][lane] = query;
     }
@@ -228,7 +222,7 @@ class SparseDecode {
 #pragma unroll
       for (int j = 0; j < kVecs; ++j) {
         const Vec query = shared_.query[tile][j][lane_];
-        const auto* key = reinterpret_cast<const Vec*>(rows) + key_vec(j, c_);
+        const auto* key = reinterpret_cast<const Vec*>(rows) + Tile<kHeadSize>::vec(j, c_);
         const Vec first = key[0];
         const Vec second = key[kHalfTokens * S::kPitch / sizeof(Vec)];
 #pragma unroll
@@ -500,37 +494,28 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if (begin < end) Decode(p, shared, tiles, stages, schedule, begin, end).run();
 }
 
-// CTAs of S that share a multiprocessor's shared memory, and the tiles in each warp's ring.
-template <typename M, typename S>
-cudaError_t launch_decode(const SparseDecodeParams& params, int ctas_wanted, int max_stages,
-                          cudaStream_t stream) {
+template <typename M>
+cudaError_t launch_decode(const SparseDecodeParams& params, cudaStream_t stream) {
+  using S = Sizes<M::kHeadSize, M::kGroupTiles>;
   const auto kernel = sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles, S>;
+  static const int room = shared_memory_for(kernel, kCtasPerMultiprocessor);
   const int fixed = sizeof(Shared<S, M::kGroupTiles>) + params.rows.num_rows * sizeof(int);
   const int stage = S::kWarps * S::kTileBytes;
-  const int stages = stages_that_fit(kernel, fixed, stage, ctas_wanted, max_stages);
-  return launch(kernel, ctas_wanted * num_multiprocessors(), S::kThreads, fixed + stages * stage,
-                stream, params, stages);
+  const int stages = std::min(kMaxStages, (room - fixed) / stage);
+  if (stages < 1) return cudaErrorInvalidConfiguration;
+  return launch(kernel, kCtasPerMultiprocessor * num_multiprocessors(), S::kThreads,
+                fixed + stages * stage, stream, params, stages);
 }
 
 }  // namespace
 
 int max_decode_ctas() {
-  return div_up(kMaxCtasPerMultiprocessor * num_multiprocessors(), 4) * 4;  // to align what follows
+  return div_up(kCtasPerMultiprocessor * num_multiprocessors(), 4) * 4;  // to align what follows
 }
 
 cudaError_t sparse_decode(const SparseDecodeParams& params, cudaStream_t stream) {
-  static const char* variant = getenv("QUEST_DECODE");  // warps, CTAs, stages
-  int warps = 8, ctas = 1, stages = kMaxStages;
-  if (variant) sscanf(variant, "%d,%d,%d", &warps, &ctas, &stages);
-  return for_shape(params.cache, params.group_size, [&](auto shape) {
-    using M = decltype(shape);
-    if constexpr (M::kHeadSize == 128 && M::kGroupTiles == 1) {
-      if (warps == 4) {
-        return launch_decode<M, Sizes<128, 1, 4>>(params, ctas, stages, stream);
-      }
-    }
-    return launch_decode<M, Sizes<M::kHeadSize, M::kGroupTiles>>(params, ctas, stages, stream);
-  });
+  return for_shape(params.cache, params.group_size,
+                   [&](auto shape) { return launch_decode<decltype(shape)>(params, stream); });
 }
 
 }  // namespace quest::cuda

@@ -8,7 +8,11 @@
 namespace quest::cuda {
 
 constexpr int kTileRows = 16;
-constexpr int kMaxStages = 8;  // tiles in a warp's ring
+
+// Warps of a CTA, with a ring of tiles each: as many as leave room for a tile each and the rest
+// where a CTA has 99 KB of shared memory (sm_86, sm_89, sm_120).
+template <int kHeadSize>
+constexpr int kRings = kHeadSize <= 128 ? 8 : 4;
 
 template <int kHeadSize>
 struct Tile {

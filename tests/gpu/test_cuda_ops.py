@@ -206,10 +206,19 @@ def test_long_contexts(num_pages: int) -> None:
     assert selected_alike(scores, [num_pages, num_pages - 1], [128, 1024])
 
 
-def test_more_pairs_than_multiprocessors() -> None:
-    scores = random_scores(40, 4, 600).round(decimals=1)
-    num_pages = [1 + 599 * row // 39 for row in range(40)]
-    assert selected_alike(scores, num_pages, [1 + 3 * row for row in range(40)])
+@pytest.mark.parametrize("num_pages", [600, 5000])
+def test_more_pairs_than_multiprocessors_hold(num_pages: int) -> None:
+    scores = random_scores(70, 4, num_pages).round(decimals=1)
+    lengths = [1 + (num_pages - 1) * row // 69 for row in range(70)]
+    assert selected_alike(scores, lengths, [1 + 3 * row for row in range(70)])
+
+
+def test_many_scores_beside_a_far_one() -> None:
+    scores = random_scores(3, 2, 3000)
+    scores[0, :, 7] = -torch.inf
+    scores[1, :, 7] = 1e30
+    scores[2, :, :2900] = scores[2, :, :1]  # all but the last are equal
+    assert selected_alike(scores, [3000, 3000, 3000], [128, 1000, 1500])
 
 
 # --- sparse_decode ------------------------------------------------------------------------------
