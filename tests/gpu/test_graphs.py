@@ -20,10 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-EAGER = {"enforce_eager": True}
 GRAPHS = {
     "full": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-    "piecewise": {"cudagraph_mode": "PIECEWISE"},
     "full and piecewise": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
 }
 SPARSE = {"token_budget": 128, "dense_layers": 1}
@@ -70,8 +68,10 @@ def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
 
 @pytest.mark.parametrize("mode", ["full", "full and piecewise"])
 def test_graphs_change_no_token(model, runner, mode):
-    graphs = {"enforce_eager": False, "compilation_config": GRAPHS[mode]}
-    assert agree(run(model, SPARSE, **EAGER), run(model, SPARSE, **graphs))
+    """The same compilation with and without graphs: torch.compile itself rounds differently."""
+    with_graphs = {"enforce_eager": False, "compilation_config": GRAPHS[mode]}
+    without = with_graphs | {"compilation_config": GRAPHS[mode] | {"cudagraph_mode": "NONE"}}
+    assert agree(run(model, SPARSE, **without), run(model, SPARSE, **with_graphs))
 
 
 def test_the_bundled_model_retrieves_under_graphs(demo_model, runner):
