@@ -55,7 +55,7 @@ class NativeExtension(Extension):
 class BuildNative(build_ext):
     def build_extension(self, ext: NativeExtension) -> None:
         torch_lib = torch_dir() / "lib"
-        jobs = int(os.environ.get("MAX_JOBS", 2))
+        jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 2))
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(lambda unit: unit.compile(Path(self.build_temp)), ext.units))
         self.compiler.link_shared_object(

@@ -1,8 +1,11 @@
 """What differs between CPUs and GPUs: who attends densely, and where a batch's rows are made.
 
-Each platform's module has two classes. `BatchPlanner` works once per batch and KV cache group,
-`DenseAttention` once per batch and layer. Dense attention is the platform's own backend's work
-(CPU_ATTN, FLASH_ATTN), over QUEST's pages.
+A platform's module has four names:
+
+    DenseImpl, DenseMetadataBuilder   the platform's own backend, CPU_ATTN or FLASH_ATTN; serves
+                                      layers with a sliding window by itself
+    BatchPlanner                      makes decode rows and prefill plans, once per batch and group
+    attend_prefill                    dense attention over QUEST's pages, once per layer
 """
 
 from types import ModuleType
