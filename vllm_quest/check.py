@@ -38,19 +38,15 @@ def run_check() -> int:
 
 
 def _software() -> list[Finding]:
-    from packaging.version import Version
+    from vllm_quest.support import VLLM_WANTED, fits_vllm
 
-    from vllm_quest.support import VLLM_AT_LEAST, VLLM_BELOW
-
+    cure = f"pip install '{VLLM_WANTED}'"
     findings = [Finding("vllm-quest", f"{__version__}, Python {platform.python_version()}")]
-    wanted = f"vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}"
     try:
         installed = metadata.version("vllm")
     except metadata.PackageNotFoundError:
-        return [*findings, Finding("vLLM", "not installed", f"pip install '{wanted}'")]
-    base = Version(Version(installed).base_version)
-    fits = Version(VLLM_AT_LEAST) <= base < Version(VLLM_BELOW)
-    findings.append(Finding("vLLM", installed, None if fits else f"pip install '{wanted}'"))
+        return [*findings, Finding("vLLM", "not installed", cure)]
+    findings.append(Finding("vLLM", installed, None if fits_vllm(installed) else cure))
     findings.append(Finding("torch", metadata.version("torch")))
     return findings
 

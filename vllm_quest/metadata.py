@@ -121,10 +121,9 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         if batch.causal is not True:
             raise ValueError("QUEST attends causally; this batch does not")
 
-        query_start = batch.query_start_loc_cpu.numpy()
         query_lens, is_prefilling = self._requests(batch)
         num_decodes = self._num_decodes(query_lens, is_prefilling)
-        metadata.num_decode_rows = int(query_start[num_decodes])
+        metadata.num_decode_rows = int(query_lens[:num_decodes].sum())
         if num_decodes > 0:
             decodes = Decodes(
                 query_lens[:num_decodes], self._budgets(batch, is_prefilling[:num_decodes])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 VLLM_AT_LEAST, VLLM_BELOW = "0.32", "0.34"
+VLLM_WANTED = f"vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}"
 HEAD_SIZES = {"cpu": (64, 80, 96, 128, 256), "cuda": (64, 96, 128, 256)}
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32),
@@ -24,6 +25,12 @@ DTYPES = {
 }
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 OTHER_BACKEND = "choose another --attention-backend"
+
+
+def fits_vllm(version: str) -> bool:
+    """Whether QUEST serves this version of vLLM; a local part such as `+cpu` does not matter."""
+    installed = Version(Version(version).base_version)
+    return Version(VLLM_AT_LEAST) <= installed < Version(VLLM_BELOW)
 
 
 def refuse_unsupported(vllm_config: "VllmConfig") -> None:
@@ -51,9 +58,8 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
     import vllm
     from vllm.platforms import current_platform
 
-    installed = Version(Version(vllm.__version__).base_version)
-    if not Version(VLLM_AT_LEAST) <= installed < Version(VLLM_BELOW):
-        yield (f"vLLM {vllm.__version__} is installed; install vllm>={VLLM_AT_LEAST},<{VLLM_BELOW}")
+    if not fits_vllm(vllm.__version__):
+        yield f"vLLM {vllm.__version__} is installed; install {VLLM_WANTED}"
 
     device = current_platform.device_type
     if device not in HEAD_SIZES:

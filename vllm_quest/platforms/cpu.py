@@ -72,7 +72,7 @@ class BatchPlanner:
     ) -> None:
         self.spec = spec
         self.num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
-        self.page_size = QuestConfig.from_vllm(vllm_config).page_size
+        self.quest = QuestConfig.from_vllm(vllm_config)
 
     def decode_rows(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodeRows:
         """Lay out the rows of the batch's decodes."""
@@ -85,9 +85,9 @@ class BatchPlanner:
             seq_lens = seq_lens[request] - torch.from_numpy(decodes.tokens_after_row())
             block_table = block_table[request]
             budgets = budgets[request]
-        is_sparse = -(-seq_lens.numpy() // self.page_size) > budgets
+        is_sparse = self.quest.pages(seq_lens.numpy()) > budgets
         num_rows, num_kv_heads = len(budgets), self.spec.num_kv_heads
-        max_pages = block_table.shape[1] * self.spec.block_size // self.page_size
+        max_pages = block_table.shape[1] * self.spec.block_size // self.quest.page_size
         max_selected = int(budgets[is_sparse].max(initial=0))
         return DecodeRows(
             seq_lens=seq_lens,
