@@ -141,8 +141,9 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             num_rows = len(seq_lens)
             scores, pages = rows.scores[:num_rows], rows.pages[:num_rows]
             if rows.any_sparse and not is_dense:
-                ops.score(query[part], kv_cache, table, seq_lens, budgets, page_size, scores)
-                ops.select(scores, seq_lens, budgets, page_size, pages)
+                self.choose_pages(
+                    layer, query[part], kv_cache, table, seq_lens, budgets, scores, pages
+                )
             ops.sparse_decode(
                 query[part],
                 kv_cache,
@@ -156,6 +157,22 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                 output[part],
                 rows.workspace,
             )
+
+    def choose_pages(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        budgets: Tensor,
+        scores: Tensor,
+        pages: Tensor,
+    ) -> None:
+        """Write the pages that each row attends to in a layer; arguments as in `ops`."""
+        page_size = self.quest.page_size
+        ops.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
+        ops.select(scores, seq_lens, budgets, page_size, pages)
 
     def _is_dense(self, layer: Any) -> bool:
         """Whether the layer is one of the first `dense_layers`; its name has its number."""
