@@ -7,7 +7,8 @@
 // their upper bits differ: mostly one step is enough, and few of its counts share a bin.
 //
 // Bytes: 4 per page and KV head, which the L2 cache still holds. What counts is latency: barriers,
-// and the instructions between them.
+// and instructions. Loops are short, since a CTA runs through them once or twice: longer code waits
+// for itself to be fetched.
 #include <algorithm>
 
 #include "device.cuh"
@@ -17,27 +18,15 @@
 namespace quest::cuda {
 namespace {
 
+constexpr int kThreadsResident = 1024;  // of a multiprocessor: leaves 64 registers each
+constexpr int kMaxKeys = 16384;  // that shared memory is asked to keep; more are loaded every time
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kKeptKeys = 16;             // that a thread has registers for
-constexpr int kThreadsResident = 1024;    // of a multiprocessor: leaves 64 registers each
 constexpr int kMaxUndecided = kWarpSize;  // a lane each
 
-struct Keys {
-  const float* scores;
-  int num_pages;  // to choose from
-
-  // Integers in the order of the scores. +0 and -0 are equal.
-  __device__ uint32_t load(int page) const {
-    if (page >= num_pages) return 0;
-    const uint32_t bits = __float_as_uint(load_once(scores + page) + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  }
-};
-
 template <int kThreads>
-struct Shared {
-  alignas(16) int histogram[kBins];  // 0 but between counting and reading
+struct SelectionMemory {
+  alignas(16) int histogram[kBins];
   uint32_t lowest[kThreads / kWarpSize], highest[kThreads / kWarpSize];
   int counted[kThreads / kWarpSize];  // in a warp's bins
   struct {
@@ -55,33 +44,49 @@ struct Undecided {
   int count;
 };
 
-// What all threads of a CTA do together. They hold pages in the order [warp, group of 32, lane],
-// and keep kKept keys each in registers, or, where it is 0, load any number of them at every pass.
-template <int kThreads, int kKept>
+// What all threads of a CTA do together. They hold pages in the order [warp, group of 32, lane].
+template <int kThreads>
 class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
 
-  __device__ Selection(Shared<kThreads>& shared, const Keys& keys)
+  // `scores`: [num_pages] in device memory, of which `keys`, shared memory, keeps what it has
+  // room for: all, or none.
+  __device__ Selection(SelectionMemory<kThreads>& shared, const float* scores, int num_pages,
+                       uint32_t* keys, int room)
       : shared_(shared),
+        scores_(scores),
         keys_(keys),
-        groups_(div_up(keys.num_pages, kThreads)),
+        are_kept_(num_pages <= room),
+        num_pages_(num_pages),
         lane_(threadIdx.x % kWarpSize),
-        warp_(threadIdx.x / kWarpSize),
-        first_page_(warp_ * groups_ * kWarpSize) {
-    if constexpr (kKept > 0) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        kept_[i] = i < groups_ ? keys_.load(first_page_ + i * kWarpSize + lane_) : 0;
-      }
+        warp_(threadIdx.x / kWarpSize) {
+    page_bits_ = 32 - __clz(num_pages - 1);
+    const int pages_per_warp = (num_pages + kThreads - 1) / kThreads * kWarpSize;
+    first_page_ = min(num_pages, warp_ * pages_per_warp);
+    end_page_ = min(num_pages, first_page_ + pages_per_warp);
+    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
+      reinterpret_cast<int4*>(shared_.histogram)[i] = {};
     }
 
     // Find the range of the keys.
+    constexpr int kInFlight = 8;
     uint32_t lowest = ~0u, highest = 0;
-    for_each_key([&](uint32_t key, int page) {
-      lowest = is_page(page) ? min(lowest, key) : lowest;
-      highest = max(highest, key);
-    });
+#pragma unroll 1
+    for (int page = first_page_ + lane_; page < end_page_; page += kInFlight * kWarpSize) {
+      float score[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        score[k] = load_once(scores_ + min(page + k * kWarpSize, end_page_ - 1));
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        const uint32_t key = key_of(score[k]);
+        lowest = min(lowest, key);
+        highest = max(highest, key);
+        if (are_kept_ && page + k * kWarpSize < end_page_) keys_[page + k * kWarpSize] = key;
+      }
+    }
     lowest = __reduce_min_sync(kAllLanes, lowest);
     highest = __reduce_max_sync(kAllLanes, highest);
     if (lane_ == 0) {
@@ -91,20 +96,20 @@ class Selection {
     __syncthreads();
     lowest_ = __reduce_min_sync(kAllLanes, lane_ < kWarps ? shared.lowest[lane_] : ~0u);
     highest = __reduce_max_sync(kAllLanes, lane_ < kWarps ? shared.highest[lane_] : 0);
-    page_bits_ = 32 - __clz(keys.num_pages - 1);
     bits_ = 32 - __clz(highest - lowest_) + page_bits_;
   }
 
   // Narrow down the lowest of the `count` highest values.
   __device__ Undecided narrow(int count) {
     uint64_t prefix = 0;  // of the undecided values, above `bits`
+#pragma unroll 1
     for (int bits = bits_;;) {
       const int shift = max(0, bits - kDigitBits);
       const uint64_t first_bin = prefix << (bits - shift);
       const uint64_t num_bins = uint64_t{1} << (bits - shift);
-      for_each_key([&](uint32_t key, int page) {
-        const uint64_t bin = (value(key, page) >> shift) - first_bin;
-        if (is_page(page) && bin < num_bins) atomicAdd(&shared_.histogram[bin], 1);
+      for_each_page([&](int page, bool is_page) {
+        const uint64_t bin = (value(page) >> shift) - first_bin;
+        if (is_page && bin < num_bins) atomicAdd(&shared_.histogram[bin], 1);
       });
       __syncthreads();
       find_bin(count);
@@ -123,10 +128,10 @@ class Selection {
   __device__ void write(const Undecided& range, int32_t* pages) {
     // Count those decided, and collect the others.
     int before = 0;
-    for_each_key([&](uint32_t key, int page) {
-      const uint64_t v = value(key, page);
-      before += __popc(__ballot_sync(kAllLanes, is_page(page) && v >= range.high));
-      if (is_page(page) && v >= range.low && v < range.high) {
+    for_each_page([&](int page, bool is_page) {
+      const uint64_t v = value(page);
+      before += __popc(__ballot_sync(kAllLanes, is_page && v >= range.high));
+      if (is_page && v >= range.low && v < range.high) {
         shared_.undecided[atomicAdd(&shared_.num_undecided, 1)] = v;
       }
     });
@@ -140,6 +145,7 @@ class Selection {
     if (num_undecided > 0) {
       const uint64_t mine = lane_ < num_undecided ? shared_.undecided[lane_] : 0;
       int rank = 0;
+#pragma unroll 4
       for (int i = 0; i < num_undecided; ++i) rank += shared_.undecided[i] > mine;
       const bool is_chosen = lane_ < num_undecided && rank < range.count;
       before += __popc(__ballot_sync(kAllLanes, is_chosen && page_of(mine) < first_page_));
@@ -148,8 +154,8 @@ class Selection {
     }
 
     const unsigned lanes_below = (1u << lane_) - 1;
-    for_each_key([&](uint32_t key, int page) {
-      const bool is_chosen = is_page(page) && value(key, page) >= lowest_chosen;
+    for_each_page([&](int page, bool is_page) {
+      const bool is_chosen = is_page && value(page) >= lowest_chosen;
       const unsigned chosen = __ballot_sync(kAllLanes, is_chosen);
       if (is_chosen) pages[before + __popc(chosen & lanes_below)] = page;
       before += __popc(chosen);
@@ -157,15 +163,29 @@ class Selection {
   }
 
  private:
-  __device__ bool is_page(int page) const { return page < keys_.num_pages; }
+  // Integers in the order of the scores. +0 and -0 are equal.
+  static __device__ uint32_t key_of(float score) {
+    const uint32_t bits = __float_as_uint(score + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
 
-  __device__ uint64_t value(uint32_t key, int page) const {
-    return uint64_t{key - lowest_} << page_bits_ |
-           static_cast<uint32_t>(keys_.num_pages - 1 - page);
+  __device__ uint64_t value(int page) const {
+    const uint32_t key = are_kept_ ? keys_[page] : key_of(load_once(scores_ + page));
+    return uint64_t{key - lowest_} << page_bits_ | static_cast<uint32_t>(num_pages_ - 1 - page);
   }
 
   __device__ int page_of(uint64_t value) const {
-    return keys_.num_pages - 1 - (static_cast<int>(value) & ((1 << page_bits_) - 1));
+    return num_pages_ - 1 - (static_cast<int>(value) & ((1 << page_bits_) - 1));
+  }
+
+  // Calls f(page, is_page) for this lane's pages; a whole warp does so together, and those of its
+  // lanes that have no page left see the last with false.
+  template <typename F>
+  __device__ void for_each_page(F f) const {
+#pragma unroll 4
+    for (int group = first_page_; group < end_page_; group += kWarpSize) {
+      f(min(group + lane_, end_page_ - 1), group + lane_ < end_page_);
+    }
   }
 
   // Find the bin in which `count` is reached from above, and clear the histogram.
@@ -206,48 +226,26 @@ class Selection {
     }
   }
 
-  // Calls f(key, page) for a lane's keys, and pages past the last; a whole warp does so together.
-  template <typename F>
-  __device__ void for_each_key(F f) {
-    const int first = first_page_ + lane_;
-    if constexpr (kKept > 0) {
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        if (i < groups_) f(kept_[i], first + i * kWarpSize);
-      }
-    } else {
-      constexpr int kInFlight = 8;
-      for (int i = 0; i < groups_; i += kInFlight) {
-        uint32_t key[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) key[k] = keys_.load(first + (i + k) * kWarpSize);
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          if (i + k < groups_) f(key[k], first + (i + k) * kWarpSize);
-        }
-      }
-    }
-  }
-
-  Shared<kThreads>& shared_;
-  const Keys keys_;
-  const int groups_;  // of 32 pages, for each warp
+  SelectionMemory<kThreads>& shared_;
+  const float* const scores_;
+  uint32_t* const keys_;
+  const bool are_kept_;
+  const int num_pages_;
   const int lane_, warp_;
-  const int first_page_;  // of this warp
-  uint32_t lowest_;       // key
-  int page_bits_;         // of a value
-  int bits_;              // of all values
-  uint32_t kept_[kKept > 0 ? kKept : 1];
+  int first_page_, end_page_;  // of this warp
+  uint32_t lowest_;            // key
+  int page_bits_, bits_;       // of a value's page number, and of all values
 };
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
-    select_kernel(const __grid_constant__ SelectParams p) {
+    select_kernel(const __grid_constant__ SelectParams p, int room) {
   // grid: [CTAs that the GPU holds]; a CTA selects for its share of the (row, KV head) pairs.
-  extern __shared__ int row_end[];
-  __shared__ Shared<kThreads> shared;
+  // In shared memory: keys [room], row_end [num_rows].
+  extern __shared__ __align__(16) uint32_t keys[];
+  __shared__ SelectionMemory<kThreads> shared;
+  int* row_end = reinterpret_cast<int*>(keys + room);
 
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.histogram[i] = 0;
   const Schedule schedule = Schedule::build<kThreads>(
       p.num_rows, p.num_kv_heads, row_end,
       [&](int row) { return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0; });
@@ -259,29 +257,30 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     const Segment segment = schedule.segment(pair);
     const int newest = div_up(p.seq_lens[segment.row], p.page_size) - 1;
     const int budget = p.budgets[segment.row];
-    const Keys keys = {
-        p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride, newest};
+    const float* scores =
+        p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride;
     int32_t* pages =
         p.pages + segment.row * p.pages_row_stride + segment.head * p.pages_head_stride;
 
     // The newest page comes last whatever its score; the others compete.
     if (threadIdx.x == 0) pages[budget - 1] = newest;
     if (budget == 1) continue;
-    if (newest <= kThreads * kKeptKeys) {
-      Selection<kThreads, kKeptKeys> selection(shared, keys);
-      selection.write(selection.narrow(budget - 1), pages);
-    } else {
-      Selection<kThreads, 0> selection(shared, keys);
-      selection.write(selection.narrow(budget - 1), pages);
-    }
+    Selection<kThreads> selection(shared, scores, newest, keys, room);
+    selection.write(selection.narrow(budget - 1), pages);
+    __syncthreads();  // before the next one's keys and histogram
   }
 }
 
 template <int kThreads>
 cudaError_t launch_select(const SelectParams& params, cudaStream_t stream) {
-  const int held = kThreadsResident / kThreads * num_multiprocessors();
-  return launch(select_kernel<kThreads>, std::min(params.num_rows * params.num_kv_heads, held),
-                kThreads, params.num_rows * sizeof(int), stream, params);
+  constexpr int kCtas = kThreadsResident / kThreads;  // to each multiprocessor
+  static const int shared_bytes = shared_memory_for(select_kernel<kThreads>, kCtas);
+  const int rows_bytes = params.num_rows * sizeof(int);
+  const int room = std::min<int>(kMaxKeys, (shared_bytes - rows_bytes) / sizeof(uint32_t));
+  if (room < 0) return cudaErrorInvalidConfiguration;
+  const int ctas = std::min(params.num_rows * params.num_kv_heads, kCtas * num_multiprocessors());
+  return launch(select_kernel<kThreads>, ctas, kThreads, room * sizeof(uint32_t) + rows_bytes,
+                stream, params, room);
 }
 
 }  // namespace

@@ -199,7 +199,7 @@ def test_scores_of_any_size_are_ordered() -> None:
     assert selected_alike(scores, [700, 699, 698], [64, 128, 400])
 
 
-@pytest.mark.parametrize("num_pages", [8192, 8193, 16385, 16386, 65536])
+@pytest.mark.parametrize("num_pages", [8192, 8193, 12000, 16385, 16386, 65536])
 def test_long_contexts(num_pages: int) -> None:
     scores = random_scores(2, 1, num_pages)
     scores[1] = scores[1].round()
@@ -312,6 +312,20 @@ def test_covering_budget_equals_dense_bit_for_bit() -> None:
     covered = make_batch(Shape(), lengths, 64, DEVICE)
     dense = make_batch(Shape(), lengths, ops.UNLIMITED_PAGES, DEVICE)
     assert same_bits(covered.run(), dense.run())
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 48])
+def test_long_contexts_attend_alike(page_size: int) -> None:
+    shape = Shape(num_kv_heads=2, page_size=page_size)
+    lengths = [page_size * 8193, page_size * 9000 + 5, 3, page_size * 4097]
+    assert attends_alike(make_batch(shape, lengths, [128, 600, 1, 33], DEVICE))
+
+
+def test_many_pairs_attend_alike() -> None:
+    shape = Shape(num_kv_heads=8, group_size=1)
+    lengths = [1 + 53 * row % 2000 for row in range(40)]
+    budgets = [1 + 7 * row % 90 for row in range(40)]
+    assert attends_alike(make_batch(shape, lengths, budgets, DEVICE))
 
 
 # --- all stages ---------------------------------------------------------------------------------
