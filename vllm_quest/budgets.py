@@ -104,7 +104,8 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a bad budget when the request arrives: HTTP 400, or ValueError offline.
+        """Refuse a bad budget when the request arrives: vLLM makes the ValueError its own
+        VLLMValidationError, and over HTTP a status of 400.
 
         vLLM does not say which engine the request is for. One that cannot have budgets makes all
         engines of its process refuse them, for as long as its configuration is alive.
