@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,9 +116,8 @@ def test_pipeline_parallel_engines_refuse_budgets(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     warnings = []
-    monkeypatch.setattr(
-        budgets_module.logger, "warning_once", lambda line, *values: warnings.append(line % values)
-    )
+    warn = SimpleNamespace(warning_once=lambda line, *values: warnings.append(line % values))
+    monkeypatch.setattr(budgets_module, "logger", warn)
     model = write_model(tmp_path)
     with engine(model, pipeline_parallel_size=2) as llm:
         [warning] = warnings

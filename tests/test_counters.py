@@ -93,9 +93,17 @@ def slow_count(num_tokens: int, full_layers: range) -> Counts:
     return total(counts)
 
 
-def test_stats_are_exact(model):
+CUDA_GRAPHS = pytest.param(
+    False,
+    id="CUDA graphs",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize("enforce_eager", [pytest.param(True, id="eager"), CUDA_GRAPHS])
+def test_stats_are_exact(model, enforce_eager):
     prompts, params = requests(8)
-    with engine(model, quest=QUEST) as llm:
+    with engine(model, quest=QUEST, enforce_eager=enforce_eager) as llm:
         before = vllm_quest.stats(llm)
         token_ids(llm, prompts, params)
         after = vllm_quest.stats(llm)

@@ -65,9 +65,7 @@ class Monitor:
 
     def before_step(self) -> None:
         """Enqueue a look at the counters, as the steps before this one leave them."""
-        if self._captured:
-            self.counters.zero_()
-            self._captured = False
+        self._forget_captures()
         if self._copying is not None:
             with torch.cuda.stream(self._copying):
                 self._on_host.copy_(self.counters, non_blocking=True)
@@ -83,7 +81,13 @@ class Monitor:
 
     def counts(self) -> Counts:
         """The counts as of now. Waits for the device."""
+        self._forget_captures()
         return Counts(*self.counters.tolist())
+
+    def _forget_captures(self) -> None:
+        if self._captured:
+            self.counters.zero_()
+            self._captured = False
 
     def look(self) -> None:
         """Publish what has arrived on the host, and log it if it is time."""
