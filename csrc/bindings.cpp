@@ -114,8 +114,9 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
                    const std::optional<Tensor>& counters) {
   const Sizes sizes = check_sparse_decode(Device::kCpu, query, kv_cache, block_table, seq_lens,
-                                          budgets, pages, page_size, out, counters);
+                                          budgets, pages, page_size, out);
   check_rows("sparse_decode", seq_lens, budgets, sizes, true);
+  int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
                            .rows = rows_of(block_table, seq_lens, budgets, sizes),
                            .query = query.data_ptr(),
@@ -130,7 +131,7 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                            .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
                            .scale = static_cast<float>(scale),
                            .soft_cap = static_cast<float>(soft_cap),
-                           .counters = counters_of(counters)});
+                           .counters = counted});
 }
 
 void use_cpu_isa(const std::string& isa) {

@@ -232,7 +232,7 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
 inline Sizes check_sparse_decode(Device device, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& budgets, const Tensor& pages, int64_t page_size,
-                                 const Tensor& out, const std::optional<Tensor>& counters) {
+                                 const Tensor& out) {
   const Checks check("sparse_decode", device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
@@ -251,18 +251,19 @@ inline Sizes check_sparse_decode(Device device, const Tensor& query, const Tenso
   check.dtype({"out", out}, query.scalar_type());
   check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});
   check.inner_contiguous({"out", out});
-  if (counters.has_value()) {
-    check.device({{"kv_cache", kv_cache}, {"counters", *counters}});
-    check.dtype({"counters", *counters}, ScalarType::Long);
-    check.shape({"counters", *counters}, {kNumCounters});
-    check.inner_contiguous({"counters", *counters});
-  }
   return sizes;
 }
 
-// Null where nothing is to be counted.
-inline int64_t* counters_of(const std::optional<Tensor>& counters) {
-  return counters.has_value() ? static_cast<int64_t*>(counters->data_ptr()) : nullptr;
+// Where to count; null where nothing is to be counted.
+inline int64_t* check_counters(const char* op, Device device, const Tensor& kv_cache,
+                               const std::optional<Tensor>& counters) {
+  if (!counters.has_value()) return nullptr;
+  const Checks check(op, device);
+  check.device({{"kv_cache", kv_cache}, {"counters", *counters}});
+  check.dtype({"counters", *counters}, ScalarType::Long);
+  check.shape({"counters", *counters}, {kNumCounters});
+  check.inner_contiguous({"counters", *counters});
+  return static_cast<int64_t*>(counters->data_ptr());
 }
 
 }  // namespace quest

@@ -173,7 +173,8 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
                       const std::optional<Tensor>& counters) {
   const char* op = "sparse_decode";
   const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                          budgets, pages, page_size, out, counters);
+                                          budgets, pages, page_size, out);
+  int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
@@ -209,7 +210,7 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
                                     .group_size = static_cast<int>(group_size),
                                     .scale = static_cast<float>(scale),
                                     .soft_cap = static_cast<float>(soft_cap),
-                                    .counters = counters_of(counters)},
+                                    .counters = counted},
                                    current_stream(kv_cache)));
   });
 }
