@@ -125,20 +125,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> QuestMetadata:
-        if self.planner is not None:
-            self.monitor.before_step()
-        return self._build(common_prefix_len, common_attn_metadata, fast_build)
-
-    def build_for_cudagraph_capture(
-        self, common_attn_metadata: CommonAttentionMetadata
-    ) -> QuestMetadata:
-        if self.planner is not None:
-            self.monitor.before_capture()
-        return self._build(0, common_attn_metadata, False)
-
-    def _build(
-        self, common_prefix_len: int, batch: CommonAttentionMetadata, fast_build: bool
-    ) -> QuestMetadata:
+        batch = common_attn_metadata
         metadata = QuestMetadata(num_actual_tokens=batch.num_actual_tokens, num_decode_rows=0)
         if self.windowed_builder is not None:
             metadata.windowed = self.windowed_builder.build(common_prefix_len, batch, fast_build)
@@ -146,6 +133,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             return metadata
         if batch.causal is not True:
             raise ValueError("QUEST attends causally; this batch does not")
+        self.monitor.before_step()
 
         query_lens, is_prefilling = self._requests(batch)
         num_decodes = self._num_decodes(query_lens, is_prefilling)
@@ -158,6 +146,14 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             metadata.rows.counters = self.monitor.counters
         if num_decodes < len(query_lens):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
+        return metadata
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> QuestMetadata:
+        metadata: QuestMetadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        if self.planner is not None:
+            self.monitor.before_capture()
         return metadata
 
     def _requests(self, batch: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:
