@@ -111,10 +111,12 @@ void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets,
 void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                    const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
-                   const std::optional<Tensor>& /* workspace: GPUs need one */) {
+                   const std::optional<Tensor>& /* workspace: GPUs need one */,
+                   const std::optional<Tensor>& counters) {
   const Sizes sizes = check_sparse_decode(Device::kCpu, query, kv_cache, block_table, seq_lens,
                                           budgets, pages, page_size, out);
   check_rows("sparse_decode", seq_lens, budgets, sizes, true);
+  int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
                            .rows = rows_of(block_table, seq_lens, budgets, sizes),
                            .query = query.data_ptr(),
@@ -128,7 +130,8 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                            .out_head_stride = out.stride(1),
                            .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
                            .scale = static_cast<float>(scale),
-                           .soft_cap = static_cast<float>(soft_cap)});
+                           .soft_cap = static_cast<float>(soft_cap),
+                           .counters = counted});
 }
 
 void use_cpu_isa(const std::string& isa) {
@@ -151,7 +154,7 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
   library.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, Tensor pages, int page_size, float scale, float soft_cap, "
-      "Tensor(a!) out, Tensor(b!)? workspace=None) -> ()");
+      "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None) -> ()");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");
   library.def("use_cpu_isa(str isa) -> ()");

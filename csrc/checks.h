@@ -9,7 +9,10 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
+
+#include "counters.h"
 
 #define QUEST_CHECK(condition, op, heading, ...) \
   STD_TORCH_CHECK(condition, "vllm_quest::", op, ": " heading ": ", __VA_ARGS__)
@@ -249,6 +252,18 @@ inline Sizes check_sparse_decode(Device device, const Tensor& query, const Tenso
   check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});
   check.inner_contiguous({"out", out});
   return sizes;
+}
+
+// Where to count; null where nothing is to be counted.
+inline int64_t* check_counters(const char* op, Device device, const Tensor& kv_cache,
+                               const std::optional<Tensor>& counters) {
+  if (!counters.has_value()) return nullptr;
+  const Checks check(op, device);
+  check.device({{"kv_cache", kv_cache}, {"counters", *counters}});
+  check.dtype({"counters", *counters}, ScalarType::Long);
+  check.shape({"counters", *counters}, {kNumCounters});
+  check.inner_contiguous({"counters", *counters});
+  return static_cast<int64_t*>(counters->data_ptr());
 }
 
 }  // namespace quest

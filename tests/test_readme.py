@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_quest.metrics import HELP
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MARK = "<!-- run by tests/test_readme.py -->\n```python\n"
 SNIPPETS = [part.partition("```")[0] for part in README.split(MARK)[1:]]
@@ -12,8 +14,13 @@ SNIPPETS = [part.partition("```")[0] for part in README.split(MARK)[1:]]
 
 def test_the_offline_snippet(demo_model, capsys):
     exec(SNIPPETS[0], names := {"MODEL": demo_model})
+    exec(SNIPPETS[2], names)
     names["llm"].llm_engine.engine_core.shutdown()
-    assert re.search(r"\d\d", capsys.readouterr().out)
+    assert re.search(r"\d\d[^%]*0.0% of rows sparse\n100.0% of full", capsys.readouterr().out)
+
+
+def test_the_metrics_table_is_complete():
+    assert re.findall(r"^\| `(vllm:\w+)_total` \|", README, re.MULTILINE) == list(HELP)
 
 
 def test_the_settings_table_is_complete():

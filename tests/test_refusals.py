@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import vllm
 
-from engines import engine, write_model
+from engines import ON_GPU, engine, write_model
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -99,6 +99,13 @@ def test_it_is_refused_with_a_cure(tmp_path, what):
     assert len(lines) == 1, message
     for word in words:
         assert word in lines[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="vLLM does not sleep on CPUs")
+def test_sleep_mode_is_refused(tmp_path):
+    message = refusal(write_model(tmp_path), enable_sleep_mode=True)
+    assert "--enable-sleep-mode" in message
 
 
 def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):

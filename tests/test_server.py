@@ -15,6 +15,8 @@ import pytest
 
 from engines import write_model
 from test_readme import SNIPPETS
+from vllm_quest.metrics import HELP
+from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack
 
 START_LIMIT_S = 180
@@ -119,6 +121,30 @@ def test_a_misspelt_field_is_refused_with_the_right_name(client, demo_model):
 def test_the_http_snippet_of_the_readme(client, demo_model):
     exec(SNIPPETS[1], names := {"MODEL": demo_model, "URL": client.base_url})
     assert names["completion"].choices[0].text
+
+
+def quest_metrics(client) -> dict[str, float]:
+    """The `vllm:quest_*` counters of the server's `/metrics`."""
+    url = str(client.base_url).removesuffix("v1/") + "metrics"
+    lines = urllib.request.urlopen(url, timeout=10).read().decode().splitlines()
+    samples = [line.rpartition(" ") for line in lines if line.startswith("vllm:quest_")]
+    return {sample.partition("{")[0]: float(value) for sample, _, value in samples}
+
+
+def test_metrics_tell_what_was_read(client, demo_model, haystack):
+    """4 answers of 5 tokens after 8K tokens: what their decode steps read, to the page."""
+    time.sleep(2 * LOOK_EVERY_S)  # for what other tests left
+    before = quest_metrics(client)
+    for fact in haystack.facts[:2]:
+        ask(client, demo_model, haystack, fact)
+        ask(client, demo_model, haystack, fact, **budget(-1))
+    time.sleep(2 * LOOK_EVERY_S)
+    new = {name: value - before.get(name, 0) for name, value in quest_metrics(client).items()}
+    assert list(new) == [f"{name}_total" for name in HELP]
+    sparse_rows, dense_rows, pages_scored, pages_read, pages_full = new.values()
+    assert sparse_rows == dense_rows > 0
+    assert pages_scored == pages_full / 2
+    assert pages_read == sparse_rows * 1024 / 16 + pages_full / 2
 
 
 def test_a_bad_setting_stops_the_server_with_one_line(tmp_path):

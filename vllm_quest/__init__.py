@@ -1,3 +1,6 @@
 """QUEST attention (query-aware sparsity, arXiv 2406.10774) as a plugin of vLLM."""
 
+from vllm_quest.counters import Counts, QuestStats, stats
+
+__all__ = ["Counts", "QuestStats", "stats"]
 __version__ = "0.1.0"

@@ -4,13 +4,16 @@ vLLM hands a request's parameters to logits processors and to no one else, so th
 touches no logits: it records each request's budget by the slot that the request occupies. The
 metadata builder looks the slots up.
 
-The module is imported by every vLLM process, whether or not QUEST is selected: keep it light.
+The module is imported by every vLLM process, whether or not QUEST is selected: keep it light. vLLM
+loads the class as `logits_processor.LogitsProcessor`.
 """
 
 import difflib
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
+
+# A name below vLLM's, so that its handlers and levels apply.
+logger = init_logger("vllm.quest")
 
 FIELD = "quest_token_budget"
 PREFIX = "quest_"
@@ -53,10 +59,26 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
     return min(int(budget), np.iinfo(np.int32).max)
 
 
+def why_undelivered(vllm_config: "VllmConfig") -> str | None:
+    """Why budgets of requests would not reach this engine's decode steps, and the cure; or None."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        # V2 tells the last rank alone of requests' parameters (vllm/v1/worker/gpu/model_runner.py,
+        # add_requests); V1 was never seen to tell them all.
+        return "pipeline parallelism keeps it from all ranks but the last: use tensor parallelism"
+    if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+        # vllm/v1/sample/logits_processor/__init__.py, build_logitsprocs
+        return (
+            "vLLM's V1 model runner keeps it from plugins while speculating: use the V2 runner, or "
+            "remove --speculative-config"
+        )
+    return None
+
+
 class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
     """Keeps `budget_by_slot`, `[max_num_seqs]` int32 in tokens, in step with vLLM's batch."""
 
     _tables: ClassVar[dict[int, np.ndarray]] = {}
+    _undelivered: ClassVar[list[tuple["weakref.ref[VllmConfig]", str]]] = []
 
     def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         slots = vllm_config.scheduler_config.max_num_seqs
@@ -69,9 +91,30 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
         return cls._tables.get(id(vllm_config))
 
     @classmethod
+    def note_engine(cls, vllm_config: "VllmConfig") -> None:
+        """Remember an engine of this process that uses QUEST; warn if it cannot have budgets."""
+        if reason := why_undelivered(vllm_config):
+            cls._undelivered.append((weakref.ref(vllm_config), reason))
+            logger.warning_once(
+                "QUEST: all requests get the server's token budget, and those that ask for their "
+                "own (%s) are refused: %s",
+                FIELD,
+                reason,
+            )
+
+    @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a bad budget when the request arrives: HTTP 400, or ValueError offline."""
-        requested_budget(sampling_params.extra_args)
+        """Refuse a bad budget when the request arrives: vLLM makes the ValueError its own
+        VLLMValidationError, and over HTTP a status of 400.
+
+        vLLM does not say which engine the request is for. One that cannot have budgets makes all
+        engines of its process refuse them, for as long as its configuration is alive.
+        """
+        if requested_budget(sampling_params.extra_args) == SERVER_DEFAULT:
+            return
+        for vllm_config, reason in cls._undelivered:
+            if vllm_config() is not None:
+                raise ValueError(f"{FIELD} cannot be served: {reason}; or leave the field out")
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
         """V2 runner: a request takes a slot."""

@@ -61,6 +61,9 @@ class DecodeRows:
     workspace: Tensor | None
     """Scratch of `ops.sparse_decode`."""
 
+    counters: Tensor | None = None
+    """[5] int64: the engine's counters, see `monitor`."""
+
     def passes(self) -> list[slice]:
         """The rows, in parts that the scratch tensors hold."""
         num_rows, size = len(self.seq_lens), len(self.scores)

@@ -156,6 +156,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                 self.soft_cap,
                 output[part],
                 rows.workspace,
+                rows.counters,
             )
 
     def choose_pages(

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.decode_rows import DecodeRows, Decodes
+from vllm_quest.monitor import Monitor
 from vllm_quest.ops import UNLIMITED_PAGES
 from vllm_quest.platforms import this_platform
 
@@ -68,7 +69,9 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             self._check_spec(kv_cache_spec)
             planner = this_platform().BatchPlanner
             self.planner = planner(kv_cache_spec, layer_names, vllm_config, device)
-            logger.info_once("%s", self._describe())
+            self.monitor = Monitor.of(vllm_config, device)
+            if vllm_config.cache_config.num_gpu_blocks is not None:
+                logger.info_once("%s", self._describe())
         self.windowed_builder: Any = None
         if any(layer.sliding_window is not None for layer in layers):
             builder = this_platform().DenseMetadataBuilder
@@ -90,8 +93,18 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         )
         return (
             f"QUEST attends to {budget}, in pages of {quest.page_size}; the first "
-            f"{quest.dense_layers} layers are dense. Bounds take 1 / {quest.page_size + 1} "
-            f"({1 / (quest.page_size + 1):.1%}) of the KV cache."
+            f"{quest.dense_layers} layers are dense. {self._describe_cache()}"
+        )
+
+    def _describe_cache(self) -> str:
+        """What the bounds cost: tokens that would fit in their place."""
+        page_size = self.quest.page_size
+        tokens = self.vllm_config.cache_config.num_gpu_blocks * self.kv_cache_spec.block_size
+        tokens_of_bounds = tokens // page_size
+        share = tokens_of_bounds / (tokens + tokens_of_bounds)
+        return (
+            f"The KV cache holds up to {tokens:,} tokens; bounds take the room of "
+            f"{tokens_of_bounds:,} more ({share:.1%} of it)."
         )
 
     def _check_spec(self, spec: AttentionSpec) -> None:
@@ -120,6 +133,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             return metadata
         if batch.causal is not True:
             raise ValueError("QUEST attends causally; this batch does not")
+        self.monitor.before_step()
 
         query_lens, is_prefilling = self._requests(batch)
         num_decodes = self._num_decodes(query_lens, is_prefilling)
@@ -129,8 +143,17 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
                 query_lens[:num_decodes], self._budgets(batch, is_prefilling[:num_decodes])
             )
             metadata.rows = self.planner.decode_rows(batch, decodes)
+            metadata.rows.counters = self.monitor.counters
         if num_decodes < len(query_lens):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
+        return metadata
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> QuestMetadata:
+        metadata: QuestMetadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        if self.planner is not None:
+            self.monitor.before_capture()
         return metadata
 
     def _requests(self, batch: CommonAttentionMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -109,6 +109,7 @@ def sparse_decode(
     soft_cap: float,
     out: Tensor,
     workspace: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """Attend to the selected pages, or to all of a row that fits its budget.
 
@@ -124,6 +125,8 @@ def sparse_decode(
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
         out: `[num_rows, num_heads, head_size]`, dtype of the query.
         workspace: from `decode_workspace`; the CPU needs none.
+        counters: added to: `[5]` int64, contiguous, in the order of `counters.Counts`; None to
+            count nothing.
     """
     torch.ops.vllm_quest.sparse_decode(
         query,
@@ -137,6 +140,7 @@ def sparse_decode(
         soft_cap,
         out,
         workspace,
+        counters,
     )
 
 

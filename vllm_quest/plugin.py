@@ -1,10 +1,12 @@
 """Registration: makes QUEST a name that vLLM knows, in every process that vLLM starts.
 
 vLLM calls `register` through the entry-point group `vllm.general_plugins`. With QUEST registered
-but not selected, vLLM behaves as without this package.
+but not selected, vLLM behaves as without this package, also where this package is broken.
 """
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,16 +16,35 @@ if TYPE_CHECKING:
 NAME = "QUEST"
 BACKEND_PATH = "vllm_quest.backend.QuestBackend"
 
+# A name below vLLM's, so that its handlers and levels apply.
+logger = logging.getLogger("vllm.quest")
+
 
 def register() -> None:
-    """Add the backend QUEST to vLLM. Safe to call again."""
+    """Add the backend QUEST to vLLM. Safe to call again.
+
+    vLLM would not survive an exception here, nor would servers that do not use QUEST. So a failure
+    is logged, and leaves QUEST a name that vLLM refuses.
+    """
+    try:
+        _register()
+    except Exception as error:
+        logger.error(
+            "QUEST is not available, since its plugin failed: %r. Reinstall vllm-quest with a "
+            "vLLM that it supports. Other backends work.",
+            error,
+        )
+
+
+def _register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if NAME in AttentionBackendEnum.__members__:
         return
+    wrap_platform = _platform_wraps()
     register_backend(NAME, BACKEND_PATH)
     _make_picklable(AttentionBackendEnum[NAME])
-    _wrap_platform()
+    wrap_platform()
 
 
 def load_member() -> "AttentionBackendEnum":
@@ -54,11 +75,11 @@ def _make_picklable(member: "AttentionBackendEnum") -> None:
     member.__reduce_ex__ = reduce
 
 
-def _wrap_platform() -> None:
-    """Teach the platform two things, for configurations that select QUEST only.
+def _platform_wraps() -> Callable[[], None]:
+    """What teaches the platform two things, for configurations that select QUEST only.
 
-    * `check_and_update_config` refuses what QUEST cannot serve, in the user's own process, before
-      any other is started.
+    * `check_and_update_config` refuses what QUEST cannot serve and prepares the rest, in the user's
+      own process, before any other is started.
     * `CpuPlatform.get_attn_backend_cls` knows one backend and answers CPU_ATTN whatever was asked
       (`vllm/platforms/cpu.py`); CUDA's honours the name.
     """
@@ -72,21 +93,35 @@ def _wrap_platform() -> None:
     def check_and_update_config(vllm_config: "VllmConfig") -> None:
         check_config(vllm_config)
         if is_selected(vllm_config):
-            from vllm_quest.support import refuse_unsupported
-
-            refuse_unsupported(vllm_config)
+            _prepare(vllm_config)
 
     @functools.wraps(get_backend)
     def get_attn_backend_cls(
-        selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+        selected_backend: Any, attn_selector_config: Any, *more: Any, **named: Any
     ) -> Any:
         if selected_backend is None or selected_backend.name != NAME:
-            return get_backend(selected_backend, attn_selector_config, num_heads)
+            return get_backend(selected_backend, attn_selector_config, *more, **named)
         from vllm_quest.support import refuse_layer
 
         refuse_layer(attn_selector_config)
         return BACKEND_PATH
 
-    platform.check_and_update_config = staticmethod(check_and_update_config)
-    if current_platform.is_cpu():
-        platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+    def wrap() -> None:
+        platform.check_and_update_config = staticmethod(check_and_update_config)
+        if current_platform.is_cpu():
+            platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+
+    return wrap
+
+
+def _prepare(vllm_config: "VllmConfig") -> None:
+    """Refuse or prepare a configuration that selects QUEST.
+
+    Raises:
+        ValueError: QUEST cannot serve it (see `support`), or this package is broken.
+    """
+    try:
+        from vllm_quest.selected import prepare
+    except Exception as error:
+        raise ValueError(f"QUEST cannot be used: {error!r}; reinstall vllm-quest") from error
+    prepare(vllm_config)

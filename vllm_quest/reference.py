@@ -113,6 +113,8 @@ def sparse_decode(
     scale: float,
     soft_cap: float,
     out: Tensor,
+    workspace: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     num_rows, num_heads, _ = query.shape
     num_kv_heads = kv_cache.shape[1]
@@ -123,9 +125,14 @@ def sparse_decode(
             out[row] = 0
             continue
         for head in range(num_kv_heads):
-            attended = list(range(num_pages(seq_len, page_size)))
-            if len(attended) > budget:
-                attended = pages[row, head, :budget].tolist()
+            all_pages = list(range(num_pages(seq_len, page_size)))
+            is_sparse = len(all_pages) > budget
+            attended = pages[row, head, :budget].tolist() if is_sparse else all_pages
+            if counters is not None:
+                scored = len(all_pages) if is_sparse else 0
+                counters += torch.tensor(
+                    [is_sparse, not is_sparse, scored, len(attended), len(all_pages)]
+                )
             keys_values = torch.cat(
                 [
                     page_rows(kv_cache, block_table[row], page, page_size)[

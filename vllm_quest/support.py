@@ -92,6 +92,8 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
 
     cache = vllm_config.cache_config
     yield from _cache_dtype_reasons(cache.cache_dtype)
+    if model is not None and model.enable_sleep_mode and device == "cuda":
+        yield "sleeping discards what QUEST keeps beside the KV cache; remove --enable-sleep-mode"
     if cache.block_size is not None and cache.block_size % quest.page_size != 0:
         yield (
             f"additional_config['quest']['page_size'] is {quest.page_size}, which does not divide "

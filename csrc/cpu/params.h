@@ -70,7 +70,8 @@ struct SparseDecodeParams {
   int64_t out_row_stride, out_head_stride;
   int group_size;
   float scale;
-  float soft_cap;  // 0 for none
+  float soft_cap;     // 0 for none
+  int64_t* counters;  // [kNumCounters] added to, see ../counters.h; null for none
 };
 
 // Static: every instruction set's objects keep their own copy.

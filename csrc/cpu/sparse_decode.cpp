@@ -4,6 +4,7 @@
 // walks its split in chunks that stay in the first-level cache: logits, online softmax, then the
 // weighted values. Splits depend only on the row, and are merged in order: the result depends on
 // neither the number of threads nor the rest of the batch.
+#include "../counters.h"
 #include "kernels.h"
 #include "row_tasks.h"
 #include "vec.h"
@@ -272,9 +273,24 @@ void merge_head(const SparseDecodeParams& p, float* partials, int count, int hea
   }
 }
 
+void count_rows(const SparseDecodeParams& p) {
+  for (int row = 0; row < p.rows.num_rows; ++row) {
+    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+    if (seq_len == 0) continue;
+    const bool is_sparse = over_budget(seq_len, budget, p.cache.page_size);
+    const int64_t heads = p.cache.num_kv_heads;
+    const int64_t pages = heads * div_up(seq_len, p.cache.page_size);
+    p.counters[is_sparse ? kSparseRows : kDenseRows] += heads;
+    p.counters[kPagesScored] += is_sparse ? pages : 0;
+    p.counters[kPagesRead] += is_sparse ? heads * budget : pages;
+    p.counters[kPagesFull] += pages;
+  }
+}
+
 }  // namespace
 
 void sparse_decode(const SparseDecodeParams& p) {
+  if (p.counters != nullptr) count_rows(p);
   const int num_kv_heads = p.cache.num_kv_heads;
   const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
     return static_cast<int64_t>(num_kv_heads) * num_splits(attended_tokens(p, row));

@@ -169,10 +169,12 @@ int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
 void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                       const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
                       int64_t page_size, double scale, double soft_cap, const Tensor& out,
-                      const std::optional<Tensor>& workspace) {
+                      const std::optional<Tensor>& workspace,
+                      const std::optional<Tensor>& counters) {
   const char* op = "sparse_decode";
   const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
                                           budgets, pages, page_size, out);
+  int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
@@ -207,7 +209,8 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
                                     .out_head_stride = out.stride(1),
                                     .group_size = static_cast<int>(group_size),
                                     .scale = static_cast<float>(scale),
-                                    .soft_cap = static_cast<float>(soft_cap)},
+                                    .soft_cap = static_cast<float>(soft_cap),
+                                    .counters = counted},
                                    current_stream(kv_cache)));
   });
 }

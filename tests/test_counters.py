@@ -1,0 +1,198 @@
+"""What decode steps read is counted exactly, and shown: by `stats`, in the log, as metrics."""
+
+import os
+import time
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vllm_quest
+from batch import make_batch, run
+from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
+from vllm_quest import monitor, ops, reference
+from vllm_quest.counters import Counts, QuestStats, total
+
+LAYERS, KV_HEADS, PAGE = 3, 2, 16
+QUEST = {"token_budget": 64, "dense_layers": 1}
+LENGTHS = [5, 60, 64, 65, 129, 400]
+BUDGETS = [None, None, 16, 16, 1024, -1]
+
+
+def counts_of(operators, batch, counters) -> list[int]:
+    result = run(operators, batch)
+    rows = (batch.block_table, batch.seq_lens, batch.budgets)
+    operators.sparse_decode(
+        batch.query,
+        batch.kv_cache,
+        *rows,
+        result.pages,
+        batch.page_size,
+        batch.scale,
+        batch.soft_cap,
+        torch.empty_like(result.out),
+        None,
+        counters,
+    )
+    return counters.tolist()
+
+
+@pytest.mark.parametrize("operators", [ops, reference], ids=["compiled", "reference"])
+def test_the_operator_counts_rows_and_pages(operators):
+    """Lengths 0 (padding), within the budget, and beyond it; two KV heads each."""
+    batch = make_batch([0, 1, 160, 161, 1500], [1, 1, 10, 10, ops.UNLIMITED_PAGES])
+    counters = torch.tensor([100, 200, 300, 400, 500])
+    full = 1 + 10 + 11 + 94
+    expected = [100 + 2, 200 + 2 * 3, 300 + 2 * 11, 400 + 2 * (full - 1), 500 + 2 * full]
+    assert counts_of(operators, batch, counters) == expected
+
+
+@pytest.mark.parametrize(
+    ("counters", "message"),
+    [
+        (torch.zeros(5, dtype=torch.int32), "dtype: counters must be Long"),
+        (torch.zeros(4, dtype=torch.int64), r"shape: counters must be \[5\]"),
+        (torch.zeros(10, dtype=torch.int64)[::2], "layout: counters must be contiguous"),
+    ],
+)
+def test_the_operator_says_what_is_wrong_with_counters(counters, message):
+    with pytest.raises(RuntimeError, match=f"vllm_quest::sparse_decode: {message}"):
+        counts_of(ops, make_batch([100], [2]), counters)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_weights(write_model(tmp_path_factory.mktemp("llama")))
+
+
+def requests(num_tokens: int):
+    prompts = random_prompts(LENGTHS)
+    params = [
+        greedy(num_tokens, extra_args=None if budget is None else {"quest_token_budget": budget})
+        for budget in BUDGETS
+    ]
+    return prompts, params
+
+
+def slow_count(num_tokens: int, full_layers: range) -> Counts:
+    """Count row by row what the requests should read. The prefill makes the first token."""
+    counts = []
+    for length, own in zip(LENGTHS, BUDGETS, strict=True):
+        budget = QUEST["token_budget"] if own is None else own
+        steps = range(length + 1, length + num_tokens)
+        for seq_len, layer, _ in product(steps, full_layers, range(KV_HEADS)):
+            pages = -(-seq_len // PAGE)
+            is_sparse = (
+                layer >= QUEST["dense_layers"] and budget != -1 and pages > -(-budget // PAGE)
+            )
+            if is_sparse:
+                counts.append(Counts(1, 0, pages, -(-budget // PAGE), pages))
+            else:
+                counts.append(Counts(0, 1, 0, pages, pages))
+    return total(counts)
+
+
+CUDA_GRAPHS = pytest.param(
+    False,
+    id="CUDA graphs",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize("enforce_eager", [pytest.param(True, id="eager"), CUDA_GRAPHS])
+def test_stats_are_exact(model, enforce_eager):
+    prompts, params = requests(8)
+    with engine(model, quest=QUEST, enforce_eager=enforce_eager) as llm:
+        before = vllm_quest.stats(llm)
+        token_ids(llm, prompts, params)
+        after = vllm_quest.stats(llm)
+    counted = Counts(*(b - a for a, b in zip(before.values(), after.values(), strict=True)))
+    assert counted == slow_count(8, range(LAYERS))
+
+
+@pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
+def test_stats_add_up_workers_in_other_processes(model, monkeypatch):
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    prompts, params = requests(8)
+    with engine(model, quest=QUEST, tensor_parallel_size=2) as llm:
+        before = metrics(llm)  # of this process's other engines
+        token_ids(llm, prompts, params)
+        stats = vllm_quest.stats(llm)
+        assert stats == QuestStats.of(slow_count(8, range(LAYERS)), PAGE)
+        time.sleep(2 * monitor.LOOK_EVERY_S)
+        assert [b - a for a, b in zip(before, metrics(llm), strict=True)] == stats.values()
+
+
+def test_windowed_layers_do_not_count(tmp_path):
+    windows = {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+        "sliding_window": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    prompts, params = requests(4)
+    with engine(write_weights(write_model(tmp_path, **windows)), quest=QUEST) as llm:
+        token_ids(llm, prompts, params)
+        assert vllm_quest.stats(llm) == QuestStats.of(slow_count(4, range(1, 2)), PAGE)
+
+
+def test_shares():
+    stats = QuestStats(sparse_rows=3, dense_rows=1, pages_scored=80, pages_read=25, pages_full=100)
+    assert stats.share_of_rows_sparse == 0.75
+    assert stats.share_of_pages_read == 0.25
+    assert stats.share_of_kv_bytes_read == 0.25 + 0.8 / 16
+    assert QuestStats().share_of_kv_bytes_read == 0
+
+
+class OtherExtension:
+    def other_method(self) -> None:
+        pass
+
+
+def test_stats_of_an_engine_that_cannot_tell(model):
+    with (
+        engine(model, backend=None) as llm,
+        pytest.raises(ValueError, match="does not use QUEST: give LLM attention_backend='QUEST'"),
+    ):
+        vllm_quest.stats(llm)
+    extension = f"{__name__}.OtherExtension"
+    with (
+        engine(model, worker_extension_cls=extension) as llm,
+        pytest.raises(ValueError, match=r"OtherExtension: let it inherit vllm_quest\.monitor\."),
+    ):
+        vllm_quest.stats(llm)
+
+
+def metrics(llm) -> list[int]:
+    """The engine's counters as `LLM.get_metrics` has them."""
+    return [
+        sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:quest_{name}")
+        for name in vars(Counts())
+    ]
+
+
+def test_log_and_metrics_follow_and_fall_silent(model, monkeypatch):
+    monkeypatch.setattr(monitor, "envs", SimpleNamespace(VLLM_LOG_STATS_INTERVAL=0.3))
+    monkeypatch.setattr(monitor, "LOOK_EVERY_S", 0.1)
+    lines = []
+    monkeypatch.setattr(
+        monitor.logger, "info", lambda line, *values, **_: lines.append(line % values)
+    )
+    prompts, params = requests(8)
+    with engine(model, quest=QUEST) as llm:
+        before = metrics(llm)
+        token_ids(llm, prompts, params)
+        time.sleep(1)
+        lines_after_requests = len(lines)
+        time.sleep(1)
+        stats, after = vllm_quest.stats(llm), metrics(llm)
+    if not ON_GPU:  # there the last two steps are seen with the next
+        assert [b - a for a, b in zip(before, after, strict=True)] == stats.values()
+    assert any(line.startswith("QUEST rows sparse: ") for line in lines)
+    assert len(lines) == lines_after_requests

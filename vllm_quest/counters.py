@@ -1,0 +1,109 @@
+"""What decode steps read, as counted on the device: proof that sparsity is on, and how much of it.
+
+The unit of every count is one decode row (a query token) in one layer for one KV head. Counted are
+the decode steps of full-attention layers, the first `dense_layers` among them, and the one-token
+ends of prompts. Not counted: other prefill, sliding-window layers, padding.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+WORKER_EXTENSION = "vllm_quest.monitor.WorkerExtension"
+WORKER_METHOD = "quest_counts"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The device's counters, in their order there (`csrc/counters.h`)."""
+
+    sparse_rows: int = 0
+    """Rows that exceeded their budget, and attended to selected pages."""
+
+    dense_rows: int = 0
+    """Rows that attended in full: short ones, those of dense layers, those without a budget."""
+
+    pages_scored: int = 0
+    """Pages whose bounds were read, to choose among them."""
+
+    pages_read: int = 0
+    """Pages whose keys and values were read."""
+
+    pages_full: int = 0
+    """Pages that full attention would have read in the same steps."""
+
+    def values(self) -> list[int]:
+        """The counts in order."""
+        return [getattr(self, field.name) for field in fields(Counts)]
+
+
+@dataclass(frozen=True)
+class QuestStats(Counts):
+    """Counts, and what follows from them. A page counts whole, also the newest, partly filled."""
+
+    page_size: int = 16
+    """Tokens per page."""
+
+    @classmethod
+    def of(cls, counts: Counts, page_size: int) -> "QuestStats":
+        """Counts over pages of so many tokens."""
+        return cls(**vars(counts), page_size=page_size)
+
+    @property
+    def share_of_rows_sparse(self) -> float:
+        """Rows decoded sparsely among all, 0 to 1; 0 if there were none."""
+        return _share(self.sparse_rows, self.sparse_rows + self.dense_rows)
+
+    @property
+    def share_of_pages_read(self) -> float:
+        """Pages attended to among those of full attention, 0 to 1; 0 if there were none."""
+        return _share(self.pages_read, self.pages_full)
+
+    @property
+    def share_of_kv_bytes_read(self) -> float:
+        """Bytes read among those that full attention would have read, 0 or more; 0 if none.
+
+        A page's bounds, read while scoring, are as large as one of its tokens: 1 / page_size of its
+        keys and values.
+        """
+        tokens_read = self.pages_read * self.page_size + self.pages_scored
+        return _share(tokens_read, self.pages_full * self.page_size)
+
+
+def stats(llm: "LLM") -> QuestStats:
+    """What an engine's decode steps have read since it started, summed over its workers.
+
+    Waits for the device. vLLM's own warm-up steps count, but for those of CUDA graph capture.
+
+    Raises:
+        ValueError: the engine does not use QUEST, or its workers cannot be asked.
+    """
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_quest.plugin import is_selected
+
+    vllm_config = llm.llm_engine.vllm_config
+    if not is_selected(vllm_config):
+        raise ValueError("the engine does not use QUEST: give LLM attention_backend='QUEST'")
+    extension = vllm_config.parallel_config.worker_extension_cls
+    if not hasattr(resolve_obj_by_qualname(extension), WORKER_METHOD):
+        raise ValueError(
+            f"worker_extension_cls is {extension}: let it inherit {WORKER_EXTENSION}, which "
+            "answers for QUEST's counters"
+        )
+    workers = llm.collective_rpc(WORKER_METHOD)
+    counts = total(Counts(*worker["counts"]) for worker in workers)
+    return QuestStats.of(counts, workers[0]["page_size"])
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """The sum of some counts."""
+    columns = zip(*(each.values() for each in counts), strict=True)
+    return Counts(*map(sum, columns))
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
