@@ -58,7 +58,7 @@ def main() -> None:
     explain_command.add_options(
         commands.add_parser(
             "explain",
-            help="run one request, draw which pages its decode steps read, and what they were worth",
+            help="run one request and draw which pages its decode steps read",
             description=(
                 "Runs one request through vLLM with QUEST, draws which pages each layer and KV "
                 "head read over the decode steps, and prints the share of the true attention "

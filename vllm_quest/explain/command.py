@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_quest.config import QuestConfig
-from vllm_quest.demo import MODEL, TOKENS_PER_FACT
-from vllm_quest.demo import SETTINGS as BUNDLED_SETTINGS
 from vllm_quest.pass_keys import make_haystack
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        default=str(MODEL),
         help="name or path, as for vllm serve (default: the bundled model)",
     )
     parser.add_argument(
@@ -34,8 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="the prompt, plain text, longer than the budget (default, for the bundled model: a "
-        f"text of {BUNDLED_CONTEXT_TOKENS} tokens with {_bundled_facts()} pass keys, and a "
-        "question for one of them)",
+        f"text of {BUNDLED_CONTEXT_TOKENS} tokens with pass keys, and a question for one of them)",
     )
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
@@ -62,8 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="LAYERS",
         help=f"layers at the front that attend in full (default: {defaults.dense_layers}; "
-        f"{BUNDLED_SETTINGS.dense_layers} for the bundled model, which retrieves in its first "
-        "layers)",
+        "for the bundled model none, since it retrieves in its first layers)",
     )
     parser.add_argument(
         "--answer",
@@ -92,7 +87,7 @@ def run_explain(options: argparse.Namespace) -> int:
     """Run the request, print the table, write the files. Returns the exit status."""
     # In this process, where the layers can be watched; read when vLLM is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_quest.explain.request import CannotExplain, explain
 
     try:
@@ -108,6 +103,7 @@ def run_explain(options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace) -> "Request":
+    from vllm_quest import demo
     from vllm_quest.explain.request import CannotExplain, Request
 
     if find_spec("matplotlib") is None:
@@ -115,16 +111,16 @@ def _request(options: argparse.Namespace) -> "Request":
     for path in filter(None, (options.output, options.json)):
         if not path.parent.is_dir():
             raise CannotExplain(f"the folder {path.parent} of {path.name} does not exist")
-    is_bundled = options.model == str(MODEL)
+    is_bundled = options.model is None
     dense_layers = options.dense_layers
     if dense_layers is None:
-        dense_layers = (BUNDLED_SETTINGS if is_bundled else QuestConfig()).dense_layers
+        dense_layers = (demo.SETTINGS if is_bundled else QuestConfig()).dense_layers
     try:
         quest = QuestConfig(token_budget=options.token_budget, dense_layers=dense_layers)
     except ValueError as error:
         raise CannotExplain(str(error)) from error
     return Request(
-        model=options.model,
+        model=str(demo.MODEL) if is_bundled else options.model,
         prompt=_prompt(options.prompt_file, is_bundled),
         quest=quest,
         max_tokens=options.max_tokens,
@@ -137,21 +133,20 @@ def _request(options: argparse.Namespace) -> "Request":
 
 
 def _prompt(path: Path | None, is_bundled: bool) -> str:
+    from vllm_quest.demo import TOKENS_PER_FACT
     from vllm_quest.explain.request import CannotExplain
 
     if path is None:
         if not is_bundled:
             raise CannotExplain("--prompt-file is missing: a text longer than the token budget")
-        haystack = make_haystack(BUNDLED_CONTEXT_TOKENS, _bundled_facts(), seed=0)
-        return haystack.prompt(haystack.facts[0])
+        num_facts = BUNDLED_CONTEXT_TOKENS // TOKENS_PER_FACT
+        haystack = make_haystack(BUNDLED_CONTEXT_TOKENS, num_facts, seed=0)
+        by_place = sorted(haystack.facts, key=lambda fact: haystack.text.index(fact.sentence))
+        return haystack.prompt(by_place[len(by_place) // 3])
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CannotExplain(f"the prompt file cannot be read: {error}") from error
-
-
-def _bundled_facts() -> int:
-    return BUNDLED_CONTEXT_TOKENS // TOKENS_PER_FACT
 
 
 def _print(explanation: "Explanation") -> None:

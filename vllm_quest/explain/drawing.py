@@ -6,6 +6,7 @@ which colour-blind people can tell apart.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ MISSED_MASS = 0.01
 
 DPI = 130
 WIDTH_IN = 11.0
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 0.95, 1.35, 1.25, 1.35
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 1.0, 1.3, 1.2, 1.4
 GAP_IN = 0.14
 MAX_HEADS_APART = 4
 """More KV heads than this are averaged into one column."""
@@ -50,8 +51,8 @@ def draw(explanation: Explanation, path: Path) -> None:
     """
     layers = explanation.layers
     num_steps = len(explanation.fed_tokens)
-    apart = len(explanation.heads) <= MAX_HEADS_APART
-    columns = [f"KV head {head}" for head in explanation.heads] if apart else [_averaged(explanation)]
+    columns = _columns(explanation.heads)
+    apart = len(columns) == len(explanation.heads)
     row_in = min(max(0.14 * num_steps, 0.5), 1.4, max(13 / len(layers) - GAP_IN, 0.2))
     height_in = TOP_IN + BOTTOM_IN + len(layers) * (row_in + GAP_IN)
 
@@ -68,7 +69,7 @@ def draw(explanation: Explanation, path: Path) -> None:
             "top": 1 - TOP_IN / height_in,
             "bottom": BOTTOM_IN / height_in,
             "hspace": GAP_IN / row_in,
-            "wspace": 0.04,
+            "wspace": 0.05,
         },
     )
     for row, (layer, record) in zip(grid, layers.items(), strict=True):
@@ -79,10 +80,10 @@ def draw(explanation: Explanation, path: Path) -> None:
             else:
                 shown = record.of_heads([column]) if apart else record
                 _draw_pages(axes, shown, explanation.request.quest.page_size)
-            _mark_places(axes, explanation)
+            _mark(axes, explanation)
         _label_row(row, layer, record, explanation)
     for axes, title in zip(grid[0], columns, strict=True):
-        _page_axis(axes, title, explanation.request.quest.page_size)
+        _label_column(axes, title, explanation.request.quest.page_size)
     for axes in grid[-1]:
         axes.set_xlabel("position in the context, tokens", color=SOFT, fontsize=8.5)
     _title(figure, explanation, height_in)
@@ -90,9 +91,11 @@ def draw(explanation: Explanation, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _averaged(explanation: Explanation) -> str:
-    heads = explanation.heads
-    return f"mean of {len(heads)} KV heads ({heads[0]} to {heads[-1]})"
+def _columns(heads: list[int]) -> list[str]:
+    """A title for every KV head, or one for all where they are many."""
+    if len(heads) <= MAX_HEADS_APART:
+        return [f"KV head {head}" for head in heads]
+    return [f"mean of {len(heads)} KV heads, {heads[0]} to {heads[-1]}"]
 
 
 def _frame(axes: Axes, explanation: Explanation) -> None:
@@ -109,14 +112,14 @@ def _frame(axes: Axes, explanation: Explanation) -> None:
 
 
 def _positions(num_tokens: int) -> range:
-    """Round positions, a power of two apart, four to eight of them."""
+    """Round positions, a power of two apart, four to eight of them; none at the right edge."""
     step = 1 << max(int(np.log2(num_tokens / 4)), 0)
-    return range(0, num_tokens + 1, step)
+    return range(0, num_tokens - step // 4, step)
 
 
 def _in_k(number: int) -> str:
     """4096 is 4K, the way contexts are counted."""
-    return f"{number // 1024}K" if number and number % 1024 == 0 else str(number)
+    return f"{number / 1024:g}K" if number >= 1024 else str(number)
 
 
 def _draw_dense(axes: Axes, reason: str) -> None:
@@ -154,36 +157,30 @@ def colours(record: LayerRecord, pages_per_cell: int) -> np.ndarray:
     """
     mass = record.mass.astype(np.float32)
     weight = np.log10(np.clip(mass, LEAST_MASS, 1) / LEAST_MASS) / -np.log10(LEAST_MASS)
-    colour = np.where(record.read[..., None], READ(weight)[..., :3], to_rgb(NOT_READ))
-    strength = _cells(np.where(record.read, 1 + weight, 0), pages_per_cell)
-    strongest = strength.argmax(axis=-1)[..., None, None]
-    shown = np.take_along_axis(_cells_of_colours(colour, pages_per_cell), strongest, axis=-2)
-    image: np.ndarray = shown[..., 0, :].mean(axis=1)
-    missed = _cells(np.where(record.read, 0, mass).mean(axis=1), pages_per_cell)
-    image[missed.max(axis=-1) >= MISSED_MASS] = to_rgb(MISSED)
+    strength = _strongest(np.where(record.read, 1 + weight, 0), pages_per_cell)
+    per_head = np.where(strength[..., None] > 0, READ(strength - 1)[..., :3], to_rgb(NOT_READ))
+    image: np.ndarray = per_head.mean(axis=1)
+    missed = _strongest(np.where(record.read, 0, mass).mean(axis=1), pages_per_cell)
+    image[missed >= MISSED_MASS] = to_rgb(MISSED)
     return image
 
 
-def _cells(values: np.ndarray, pages_per_cell: int) -> np.ndarray:
-    """Split the last axis, pages, into `[..., num_cells, pages_per_cell]`, padded with zeros."""
+def _strongest(values: np.ndarray, pages_per_cell: int) -> np.ndarray:
+    """The largest value of each cell: `[..., num_pages]` becomes `[..., num_cells]`."""
     rest = -values.shape[-1] % pages_per_cell
     padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, rest)])
-    return padded.reshape(*values.shape[:-1], -1, pages_per_cell)
+    largest: np.ndarray = padded.reshape(*values.shape[:-1], -1, pages_per_cell).max(axis=-1)
+    return largest
 
 
-def _cells_of_colours(colour: np.ndarray, pages_per_cell: int) -> np.ndarray:
-    """The same for `[..., num_pages, 3]`."""
-    return np.moveaxis(_cells(np.moveaxis(colour, -1, 0), pages_per_cell), 0, -1)
-
-
-def _mark_places(axes: Axes, explanation: Explanation) -> None:
+def _mark(axes: Axes, explanation: Explanation) -> None:
     axes.axvline(explanation.prompt_tokens, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     for first, end in explanation.places:
         axes.plot(
             (first + end) / 2,
             0,
             marker="^",
-            markersize=5.5,
+            markersize=5.5 if len(explanation.layers) <= 8 else 3.5,
             color=INK,
             transform=axes.get_xaxis_transform(),
             clip_on=False,
@@ -216,11 +213,12 @@ def _label_row(
         left.set_yticks([1, len(tokens)])
     lines = [f"{record.held.mean():.1%}", f"best {record.best.mean():.1%}"]
     is_low = height_points < 22
-    right.text(
-        1.02,
-        0.5,
+    right.annotate(
         "  ".join(lines) if is_low else "\n".join(lines),
-        transform=right.transAxes,
+        (1, 0.5),
+        xytext=(0.09 * 72, 0),
+        xycoords="axes fraction",
+        textcoords="offset points",
         va="center",
         fontsize=7.5 if is_low else 8.5,
         color=INK,
@@ -230,19 +228,28 @@ def _label_row(
 
 def _printable(token: str) -> str:
     """A token as a label; signs that the font may lack are left out."""
-    text = re.sub(r"[^\x20-\x7e]", "", token).strip().replace("$", r"\$")
-    return text[:8]
+    return re.sub(r"[^\x20-\x7e]", "", token).strip()[:8].replace("$", r"\$")
 
 
-def _page_axis(axes: Axes, title: str, page_size: int) -> None:
+def _label_column(axes: Axes, title: str, page_size: int) -> None:
     pages = axes.secondary_xaxis(
-        "top", functions=(lambda tokens: tokens / page_size, lambda pages: pages * page_size)
+        "top", functions=(partial(np.multiply, 1 / page_size), partial(np.multiply, page_size))
     )
-    pages.set_xticks([tick / page_size for tick in axes.get_xticks()][1:])
+    pages.set_xticks([tick / page_size for tick in axes.get_xticks()])
     pages.xaxis.set_major_formatter(lambda page, _: f"{page:.0f}")
     pages.tick_params(length=2, labelsize=7.5, colors=SOFT)
     pages.spines["top"].set_color("#d0d7de")
-    pages.set_xlabel(f"{title}, pages", color=INK, fontsize=9, fontweight="bold", labelpad=5)
+    pages.set_xlabel("page", color=SOFT, fontsize=8.5, labelpad=3)
+    axes.annotate(
+        title,
+        (0, 1),
+        xytext=(0, 22),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=9.5,
+        fontweight="bold",
+        color=INK,
+    )
 
 
 def _title(figure: Figure, explanation: Explanation, height_in: float) -> None:
@@ -268,15 +275,14 @@ def _title(figure: Figure, explanation: Explanation, height_in: float) -> None:
         f"budget {quest.token_budget:,} tokens",
         f"pages of {quest.page_size}",
         dense,
-        f"{len(explanation.fed_tokens)} decode steps, top to bottom",
+        f"rows: {len(explanation.fed_tokens)} decode steps"
+        + (", by the token taken in" if len(explanation.fed_tokens) <= MAX_TOKEN_LABELS else ""),
     )
-    figure.text(
-        left, 1 - 0.47 / height_in, "  ·  ".join(facts), fontsize=9, color=SOFT, va="top"
-    )
+    figure.text(left, 1 - 0.47 / height_in, "  ·  ".join(facts), fontsize=9, color=SOFT, va="top")
     figure.text(
         1 - RIGHT_IN / WIDTH_IN + 0.09 / WIDTH_IN,
-        1 - (TOP_IN - 0.08) / height_in,
-        "attention held\nby the pages read",
+        1 - (TOP_IN - 0.06) / height_in,
+        "true attention\nin the pages read",
         fontsize=8.5,
         fontweight="bold",
         color=INK,
@@ -285,9 +291,7 @@ def _title(figure: Figure, explanation: Explanation, height_in: float) -> None:
 
 
 def _legend(figure: Figure, explanation: Explanation, height_in: float) -> None:
-    bar = figure.add_axes(
-        (LEFT_IN / WIDTH_IN, 0.52 / height_in, 2.3 / WIDTH_IN, 0.12 / height_in)
-    )
+    bar = figure.add_axes((LEFT_IN / WIDTH_IN, 0.56 / height_in, 2.3 / WIDTH_IN, 0.12 / height_in))
     ramp = np.geomspace(LEAST_MASS, 1, 256)[None]
     bar.pcolormesh(
         np.geomspace(LEAST_MASS, 1, 257), [0, 1], ramp, cmap=READ, norm=LogNorm(LEAST_MASS, 1)
@@ -299,7 +303,7 @@ def _legend(figure: Figure, explanation: Explanation, height_in: float) -> None:
     bar.minorticks_off()
     bar.tick_params(length=2, labelsize=7.5, colors=SOFT)
     bar.set_title(
-        "page read; its share of the true attention", fontsize=8.5, color=INK, loc="left", pad=3
+        "page read, by its share of the true attention", fontsize=8.5, color=INK, loc="left", pad=3
     )
     for spine in bar.spines.values():
         spine.set_visible(False)
@@ -313,21 +317,36 @@ def _legend(figure: Figure, explanation: Explanation, height_in: float) -> None:
         answer = _printable_answer(explanation)
         handles.append(
             Line2D(
-                [], [], color=INK, marker="^", markersize=5.5, linestyle="", label=f"here: {answer}"
+                [],
+                [],
+                color=INK,
+                marker="^",
+                markersize=5.5,
+                linestyle="",
+                label=f"where {answer} stands",
             )
         )
     figure.legend(
         handles=handles,
         loc="lower left",
-        bbox_to_anchor=(3.6 / WIDTH_IN, 0.12 / height_in),
+        bbox_to_anchor=(3.7 / WIDTH_IN, 0.3 / height_in),
         ncols=2,
         fontsize=8.5,
         frameon=False,
         labelcolor=INK,
     )
+    figure.text(
+        LEFT_IN / WIDTH_IN,
+        0.12 / height_in,
+        "True attention: the softmax over the whole context. best: the share in as many pages, "
+        "chosen by the true attention.",
+        fontsize=8,
+        color=SOFT,
+    )
 
 
 def _printable_answer(explanation: Explanation) -> str:
     text = explanation.request.expected or explanation.answer
-    text = re.sub(r"[^\x20-\x7e]", "?", text).replace("$", r"\$")
-    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
+    text = re.sub(r"[^\x20-\x7e]", "?", text)
+    text = text if len(text) <= 40 else f"{text[:37]}..."
+    return '"' + text.replace("$", r"\$") + '"'

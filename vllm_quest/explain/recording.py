@@ -30,7 +30,7 @@ class LayerRecord:
     """[num_steps, num_kv_heads, group_size] fp32: each query head's mass in the pages selected."""
 
     best: np.ndarray
-    """[num_steps, num_kv_heads, group_size] fp32: in as many pages of the most mass, per KV head."""
+    """[num_steps, num_kv_heads, group_size] fp32: in as many pages, those of the most mass."""
 
     def of_heads(self, heads: list[int]) -> "LayerRecord":
         """The record of some KV heads."""
@@ -80,7 +80,13 @@ class Recorder:
             if number in self._steps and (seq_len := int(seq_lens[0])) > self.prompt_tokens:
                 page_size = impl.quest.page_size
                 mass = page_mass(
-                    query[0], kv_cache, block_table[0], seq_len, page_size, impl.scale, impl.soft_cap
+                    query[0],
+                    kv_cache,
+                    block_table[0],
+                    seq_len,
+                    page_size,
+                    impl.scale,
+                    impl.soft_cap,
                 )
                 step = _weigh(mass, pages[0, :, : int(budgets[0])], impl.num_kv_heads)
                 self._steps[number][seq_len - self.prompt_tokens - 1] = step
@@ -143,13 +149,13 @@ def page_mass(
         weights = torch.softmax(logits, dim=-1)
         padding = num_pages * page_size - seq_len
         padded = torch.nn.functional.pad(weights, (0, padding))
-        group_mass.copy_(padded.unflatten(-1, (num_pages, page_size)).sum(dim=-1))
+        group_mass.copy_(padded.view(-1, num_pages, page_size).sum(dim=-1))
     return mass
 
 
 def _weigh(mass: Tensor, pages: Tensor, num_kv_heads: int) -> _Step:
     """Compare pages, `[num_kv_heads, num_selected]`, with the mass, `[num_heads, num_pages]`."""
-    by_group = mass.unflatten(0, (num_kv_heads, -1))  # [num_kv_heads, group_size, num_pages]
+    by_group = mass.view(num_kv_heads, -1, mass.shape[1])  # [num_kv_heads, group_size, num_pages]
     mean = by_group.mean(dim=1)
     selected = pages.long()
     most = mean.topk(selected.shape[1]).indices

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.explain.recording import LayerRecord, Recorder, layer_number
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 SPARE_TOKENS = 1024
 """Room in the KV cache beyond the request, for blocks that are partly filled."""
+
+MAX_PLACES = 8
+"""An answer that stands in more places than this, such as `yes`, says nothing: none is marked."""
 
 
 class CannotExplain(Exception):
@@ -81,6 +86,7 @@ def explain(request: Request) -> Explanation:
     prompt_ids, offsets, text = _tokenize(request)
     num_prompt = len(prompt_ids)
     _check_lengths(request, num_prompt, model.max_model_len)
+    _check_expected(request, text)
     llm = _start(request, model, num_prompt + request.max_tokens)
     try:
         layers, heads = _choose(request, llm)
@@ -106,7 +112,7 @@ def explain(request: Request) -> Explanation:
         prompt_tokens=num_prompt,
         answer=output.text.strip(),
         fed_tokens=[tokenizer.decode([token]) for token in output.token_ids[:num_steps]],
-        places=_find(request.expected or output.text.strip(), text, offsets),
+        places=_places(request, output.text.strip(), text, offsets),
         heads=heads,
         layers={
             layer: records[layer].of_heads(heads) if layer in records else reasons[layer]
@@ -121,16 +127,15 @@ def _model_config(request: Request) -> "ModelConfig":
     try:
         return EngineArgs(model=request.model).create_model_config()
     except (ValueError, OSError) as error:
-        raise CannotExplain(f"the model {request.model!r} cannot be loaded: {_one_line(error)}") from (
-            error
-        )
+        reason = _one_line(error)
+        raise CannotExplain(f"the model {request.model!r} cannot be loaded: {reason}") from error
 
 
 def _tokenize(request: Request) -> tuple[list[int], list[tuple[int, int]], str]:
     """Token ids, the characters that each covers (none if the tokenizer cannot say), the text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(request.model)
     text = request.prompt
     if request.is_chat:
         if tokenizer.chat_template is None:
@@ -161,6 +166,11 @@ def _check_lengths(request: Request, num_prompt: int, model_limit: int) -> None:
             "QUEST reads all of them: nothing to explain; lower --token-budget or give a longer "
             "prompt"
         )
+
+
+def _check_expected(request: Request, text: str) -> None:
+    if request.expected is not None and request.expected not in text:
+        raise CannotExplain(f"--answer {request.expected!r} does not occur in the prompt")
 
 
 def _start(request: Request, model: "ModelConfig", num_tokens: int) -> "LLM":
@@ -235,18 +245,31 @@ def _sampling(request: Request) -> Any:
     )
 
 
-def _find(wanted: str, text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The token ranges where a text lies in the prompt."""
+def _places(
+    request: Request, answer: str, text: str, offsets: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Where the text expected, or else the answer, lies in the prompt."""
+    if request.expected is not None:
+        return find(request.expected, text, offsets)
+    places = find(answer, text, offsets)
+    return places if len(places) <= MAX_PLACES else []
+
+
+def find(wanted: str, text: str, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The token ranges of a text's occurrences, first and one past the last.
+
+    Args:
+        wanted: the text to look for.
+        text: what was tokenized.
+        offsets: the characters that each token covers, start and end.
+    """
     if not wanted or not offsets:
         return []
+    starts, ends = np.array(offsets).T
     places = []
     for match in re.finditer(re.escape(wanted), text):
-        tokens = [
-            index
-            for index, (start, end) in enumerate(offsets)
-            if start < match.end() and end > match.start()
-        ]
-        places.append((tokens[0], tokens[-1] + 1))
+        tokens = np.flatnonzero((starts < match.end()) & (ends > match.start()))
+        places.append((int(tokens[0]), int(tokens[-1]) + 1))
     return places
 
 
