@@ -107,7 +107,9 @@ def _request(options: argparse.Namespace) -> "Request":
     from vllm_quest.explain.request import CannotExplain, Request
 
     if find_spec("matplotlib") is None:
-        raise CannotExplain("matplotlib draws the picture: pip install 'vllm-quest[plot]'")
+        raise CannotExplain(
+            "matplotlib is missing, which draws the picture: pip install 'vllm-quest[plot]'"
+        )
     for path in filter(None, (options.output, options.json)):
         if not path.parent.is_dir():
             raise CannotExplain(f"the folder {path.parent} of {path.name} does not exist")

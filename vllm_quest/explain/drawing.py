@@ -72,6 +72,10 @@ def draw(explanation: Explanation, path: Path) -> None:
             "wspace": 0.05,
         },
     )
+    page_size = explanation.request.quest.page_size
+    context_pages = (explanation.prompt_tokens + num_steps) / page_size
+    panel_pixels = grid[0, 0].get_window_extent().width
+    pages_per_cell = max(1, round(context_pages * CELL_PIXELS / panel_pixels))
     for row, (layer, record) in zip(grid, layers.items(), strict=True):
         for column, axes in enumerate(row):
             _frame(axes, explanation)
@@ -79,15 +83,15 @@ def draw(explanation: Explanation, path: Path) -> None:
                 _draw_dense(axes, record)
             else:
                 shown = record.of_heads([column]) if apart else record
-                _draw_pages(axes, shown, explanation.request.quest.page_size)
+                _draw_pages(axes, shown, pages_per_cell, page_size)
             _mark(axes, explanation)
         _label_row(row, layer, record, explanation)
     for axes, title in zip(grid[0], columns, strict=True):
-        _label_column(axes, title, explanation.request.quest.page_size)
+        _label_column(axes, title, page_size)
     for axes in grid[-1]:
         axes.set_xlabel("position in the context, tokens", color=SOFT, fontsize=8.5)
     _title(figure, explanation, height_in)
-    _legend(figure, explanation, height_in)
+    _legend(figure, explanation, height_in, pages_per_cell)
     figure.savefig(path, format="png")
 
 
@@ -136,10 +140,8 @@ def _draw_dense(axes: Axes, reason: str) -> None:
     )
 
 
-def _draw_pages(axes: Axes, record: LayerRecord, page_size: int) -> None:
-    num_steps, _, num_pages = record.read.shape
-    width_pixels = axes.get_window_extent().width
-    pages_per_cell = max(1, round(num_pages * CELL_PIXELS / width_pixels))
+def _draw_pages(axes: Axes, record: LayerRecord, pages_per_cell: int, page_size: int) -> None:
+    num_steps = len(record.read)
     image = colours(record, pages_per_cell)
     axes.imshow(
         image,
@@ -290,7 +292,9 @@ def _title(figure: Figure, explanation: Explanation, height_in: float) -> None:
     )
 
 
-def _legend(figure: Figure, explanation: Explanation, height_in: float) -> None:
+def _legend(
+    figure: Figure, explanation: Explanation, height_in: float, pages_per_cell: int
+) -> None:
     bar = figure.add_axes((LEFT_IN / WIDTH_IN, 0.56 / height_in, 2.3 / WIDTH_IN, 0.12 / height_in))
     ramp = np.geomspace(LEAST_MASS, 1, 256)[None]
     bar.pcolormesh(
@@ -338,8 +342,12 @@ def _legend(figure: Figure, explanation: Explanation, height_in: float) -> None:
     figure.text(
         LEFT_IN / WIDTH_IN,
         0.12 / height_in,
-        "True attention: the softmax over the whole context. best: the share in as many pages, "
-        "chosen by the true attention.",
+        "True attention: the softmax over the whole context. Best: as many pages, chosen by it."
+        + (
+            f" A cell is {pages_per_cell} pages wide and shows the strongest of them."
+            if pages_per_cell > 1
+            else ""
+        ),
         fontsize=8,
         color=SOFT,
     )
