@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from vllm_quest import __version__
+from vllm_quest.explain import command as explain_command
 
 EPILOG = """\
 QUEST itself is switched on in vLLM, not here:
@@ -54,11 +55,25 @@ def main() -> None:
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the text and its pass keys")
 
+    explain_command.add_options(
+        commands.add_parser(
+            "explain",
+            help="run one request and draw which pages its decode steps read",
+            description=(
+                "Runs one request through vLLM with QUEST, draws which pages each layer and KV "
+                "head read over the decode steps, and prints the share of the true attention "
+                "that those pages held."
+            ),
+        )
+    )
+
     arguments = parser.parse_args()
     if arguments.command == "check":
         from vllm_quest.check import run_check
 
         sys.exit(run_check())
+    if arguments.command == "explain":
+        sys.exit(explain_command.run_explain(arguments))
     from vllm_quest.demo import run_demo
 
     sys.exit(
