@@ -41,7 +41,7 @@ class QuestConfig:
     """What a page's score is made of, all of the same stored size. `minmax` is the paper's: the
     keys' minimum and maximum, a bound that no key of the page exceeds. `mean_std` (mean ∓ standard
     deviation) and `mid_dev` (middle of the extremes ∓ mean deviation from it) are estimates, which
-    a key may exceed."""
+    a key may exceed. Engines that hand each other stored KV must agree on it."""
 
     _active: ClassVar["QuestConfig"]
 
