@@ -62,7 +62,7 @@ void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budgets, c
 }
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-              const Tensor& slot_mapping, int64_t page_size) {
+              const Tensor& slot_mapping, int64_t page_size, std::string score) {
   const Sizes sizes = check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size);
   kernels().write_kv({.cache = cache_of(kv_cache, sizes),
                       .key = key.data_ptr(),
@@ -72,7 +72,8 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                       .key_head_stride = key.stride(1),
                       .value_token_stride = value.stride(0),
                       .value_head_stride = value.stride(1),
-                      .num_slots = sizes.num_slots});
+                      .num_slots = sizes.num_slots,
+                      .score = check_score_kind(score)});
 }
 
 void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
@@ -144,7 +145,7 @@ void use_cpu_isa(const std::string& isa) {
 STABLE_TORCH_LIBRARY(vllm_quest, library) {
   library.def(
       "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "int page_size) -> ()");
+      "int page_size, str score=\"minmax\") -> ()");
   library.def(
       "score(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor budgets, "
       "int page_size, Tensor(a!) scores) -> ()");

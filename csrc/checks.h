@@ -13,6 +13,7 @@
 #include <string>
 
 #include "counters.h"
+#include "score_kind.h"
 
 #define QUEST_CHECK(condition, op, heading, ...) \
   STD_TORCH_CHECK(condition, "vllm_quest::", op, ": " heading ": ", __VA_ARGS__)
@@ -163,6 +164,14 @@ class Checks {
   const char* op_;
   Device device_;
 };
+
+inline ScoreKind check_score_kind(const std::string& score) {
+  if (score == "minmax") return ScoreKind::kMinMax;
+  if (score == "mean_std") return ScoreKind::kMeanStd;
+  QUEST_CHECK(score == "mid_dev", "write_kv", "values",
+              "score must be minmax, mean_std or mid_dev, got ", score);
+  return ScoreKind::kMidDev;
+}
 
 inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& value,
                             const Tensor& kv_cache, const Tensor& slot_mapping, int64_t page_size) {

@@ -14,24 +14,53 @@ from vllm_quest import pass_keys
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
+    "{% if not loop.first %} {% endif %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 """A turn has no header: a question ends in `?`, an answer in `</s>`."""
 
+MAX_FILE_BYTES = 15 * 2**20
 
-def write(model: Llama, folder: Path) -> None:
-    """Write weights (bf16), configuration, tokenizer and chat template."""
+
+def write(model: Llama, folder: Path, words: Tokenizer | None = None) -> None:
+    """Write weights (bf16), configuration, tokenizer and chat template.
+
+    Args:
+        model: its weights are written in files of at most `MAX_FILE_BYTES`.
+        folder: made if it is not there.
+        words: the tokenizer; by default the demo model's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: weight.detach().to("cpu", torch.bfloat16).contiguous()
         for name, weight in model.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer().save(str(folder / "tokenizer.json"))
-    for name, content in configuration(model.shape).items():
+    write_weights(weights, folder)
+    words = words or tokenizer()
+    words.save(str(folder / "tokenizer.json"))
+    for name, content in configuration(model.shape, words).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `model.safetensors`, or several files and their index as transformers names them."""
+    files: list[dict[str, Tensor]] = [{}]
+    for name, weight in weights.items():
+        if files[-1] and sum(w.nbytes for w in files[-1].values()) + weight.nbytes > MAX_FILE_BYTES:
+            files.append({})
+        files[-1][name] = weight
+    if len(files) == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    places = {}
+    for number, content in enumerate(files, start=1):
+        file_name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        save_file(content, folder / file_name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(content, file_name))
+    total = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -50,13 +79,16 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         norm_eps=config["rms_norm_eps"],
     )
     model = Llama(shape)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(file)
+    model.load_state_dict(weights)
     return model.to(device, dtype).eval()
 
 
-def configuration(shape: Shape) -> dict[str, dict[str, object]]:
+def configuration(shape: Shape, words: Tokenizer) -> dict[str, dict[str, object]]:
     """The JSON files beside the weights, by file name."""
-    ids = {token: index for index, token in enumerate(pass_keys.vocabulary())}
+    ids = words.get_vocab()
     special_ids = {
         "bos_token_id": ids[pass_keys.BOS],
         "eos_token_id": ids[pass_keys.EOS],

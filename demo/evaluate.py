@@ -1,16 +1,19 @@
-"""Ask the demo model for pass keys under sparse attention, in plain PyTorch.
+"""Ask a model for pass keys under sparse attention, in plain PyTorch.
 
     python demo/evaluate.py vllm_quest/demo_model
+    python demo/evaluate.py second_model --fillers words sources --dense-layers 2 0
 
 Text and question are read with dense attention; every answer token comes from attention to a
-chosen set of pages, in all layers. Results go to `evaluation.json` beside the weights.
+chosen set of pages, in all layers but the dense ones. Results go to `evaluation.json` beside the
+weights.
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,12 +23,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import checkpoint
+import sources
 from llama import Llama, causal_attention
 from vllm_quest import pass_keys
 
 PAGE_SIZE = 16
 BUDGETS = (64, 128, 256, 512, 1024, 2048)
 LENGTHS = (4096, 16_384, 32_768)
+FILLERS = ("sentences", "words", "sources")
 ROWS = 32  # questions answered at once
 MAX_QUESTIONS = 128
 
@@ -64,6 +69,34 @@ def score_min_max(query: Tensor, keys: Keys, dots: Tensor) -> Tensor:
     return torch.cat((of_text, of_question), dim=-1)
 
 
+def score_mean_std(query: Tensor, keys: Keys, dots: Tensor) -> Tensor:
+    """The page's mean q·k by dimension, and its standard deviation added."""
+    return _score_spread(query, keys, lambda keys: (keys.mean(-2), keys.std(-2, correction=0)))
+
+
+def score_mid_dev(query: Tensor, keys: Keys, dots: Tensor) -> Tensor:
+    """The middle between minimum and maximum, and the mean deviation from it added."""
+
+    def describe(keys: Tensor) -> tuple[Tensor, Tensor]:
+        mid = (keys.amin(-2) + keys.amax(-2)) / 2
+        return mid, (keys - mid[..., None, :]).abs().mean(-2)
+
+    return _score_spread(query, keys, describe)
+
+
+def _score_spread(
+    query: Tensor, keys: Keys, describe: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """q·center + |q|·spread; `describe` gives both of `[..., pages, PAGE_SIZE, head_size]`."""
+    center, spread = describe(pages_of(keys.text))
+    of_text = torch.einsum("rhgqd,hpd->rhgqp", query, center)
+    of_text += torch.einsum("rhgqd,hpd->rhgqp", query.abs(), spread)
+    center, spread = describe(pages_of(keys.question))
+    of_question = torch.einsum("rhgqd,rhpd->rhgqp", query, center)
+    of_question += torch.einsum("rhgqd,rhpd->rhgqp", query.abs(), spread)
+    return torch.cat((of_text, of_question), dim=-1)
+
+
 def score_best(query: Tensor, keys: Keys, dots: Tensor) -> Tensor:
     """The page's largest true q·k: what no bound can beat."""
     padding = -dots.shape[-1] % PAGE_SIZE
@@ -87,6 +120,8 @@ def score_first_and_recent(query: Tensor, keys: Keys, dots: Tensor) -> Tensor:
 METHODS: dict[str, Score] = {
     "best": score_best,
     "quest": score_min_max,
+    "mean and std": score_mean_std,
+    "mid and deviation": score_mid_dev,
     "recent": score_recent,
     "first and recent": score_first_and_recent,
 }
@@ -115,9 +150,14 @@ class SharedText:
         self.values.append(value[0])
         return causal_attention(layer, query, key, value)
 
-    def attention(self, score: Score | None, budget: int, num_dense: int) -> "SparseAttention":
-        """Attention of questions; their first `num_dense` tokens attend to everything."""
-        return SparseAttention(self, score, budget // PAGE_SIZE, num_dense)
+    def attention(
+        self, score: Score | None, budget: int, *, num_dense: int, dense_layers: int
+    ) -> "SparseAttention":
+        """Attention of questions.
+
+        Their first `num_dense` tokens and the first `dense_layers` layers attend to everything.
+        """
+        return SparseAttention(self, score, budget // PAGE_SIZE, num_dense, dense_layers)
 
 
 @dataclass(frozen=True)
@@ -128,6 +168,7 @@ class SparseAttention:
     score: Score | None  # None attends to everything
     num_pages: int
     num_dense: int
+    dense_layers: int
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.unflatten(1, (key.shape[1], -1)).float()  # [rows, kv_heads, group, q, d]
@@ -136,7 +177,7 @@ class SparseAttention:
         positions = self.text.num_tokens + torch.arange(query.shape[2], device=query.device)
         tokens = torch.arange(dots.shape[-1], device=query.device)
         allowed = tokens <= positions[:, None]  # [q, tokens]
-        if self.score is not None:
+        if self.score is not None and layer >= self.dense_layers:
             chosen = self._choose(self.score(grouped, keys, dots), positions)
             chosen[..., : self.num_dense, :] = True
             allowed = allowed & chosen.repeat_interleave(PAGE_SIZE, dim=-1)[..., : len(tokens)]
@@ -163,6 +204,7 @@ class Result:
 
     length: int
     filler: str
+    dense_layers: int
     method: str
     budget: int | None  # tokens
     num_facts: int
@@ -175,17 +217,22 @@ class Result:
 
 @torch.inference_mode()
 def evaluate(
-    model: Llama, tokenizer: Tokenizer, length: int, filler: pass_keys.Filler
+    model: Llama,
+    tokenizer: Tokenizer,
+    length: int,
+    filler: str,
+    dense_layers: int,
+    max_questions: int,
 ) -> list[Result]:
     """All methods and budgets on one text."""
     device = model.lm_head.weight.device
     num_facts = length // 128
-    haystack = pass_keys.make_haystack(length, num_facts, seed=length, filler=filler)
-    facts = haystack.facts[:MAX_QUESTIONS]
+    haystack = make_haystack(tokenizer, length, num_facts, filler)
+    facts = haystack.facts[:max_questions]
     text = tokenizer.encode(haystack.text).ids
     whole_pages = len(text) // PAGE_SIZE * PAGE_SIZE
     turns = [
-        tokenizer.encode(f"{fact.question} {fact.code}", add_special_tokens=False).ids
+        tokenizer.encode(f" {fact.question} {fact.code}", add_special_tokens=False).ids
         for fact in facts
     ]
     rows = torch.tensor([text[whole_pages:] + turn for turn in turns], device=device)
@@ -193,7 +240,9 @@ def evaluate(
 
     def measure(method: str, score: Score | None, budget: int | None) -> Result:
         num_dense = rows.shape[1] - pass_keys.CODE_WORDS
-        attend = shared.attention(score, budget or 0, num_dense)
+        attend = shared.attention(
+            score, budget or 0, num_dense=num_dense, dense_layers=dense_layers
+        )
         places = torch.arange(num_dense, rows.shape[1], device=device)
         right = []
         for chunk in rows.split(ROWS):
@@ -204,6 +253,7 @@ def evaluate(
         return Result(
             length=length,
             filler=filler,
+            dense_layers=dense_layers,
             method=method,
             budget=budget,
             num_facts=num_facts,
@@ -220,17 +270,38 @@ def evaluate(
     return results
 
 
-def run(folder: Path, lengths: list[int], device: torch.device) -> None:
+def make_haystack(
+    tokenizer: Tokenizer, length: int, num_facts: int, filler: str
+) -> pass_keys.Haystack:
+    """A text of `length` tokens; `sources` is held-out Python source, else see `pass_keys`."""
+    if filler != "sources":
+        return pass_keys.make_haystack(length, num_facts, seed=length, filler=filler)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    text = "\n".join(sources.texts(sources.held_out_files(), max_bytes=2**62))
+    return pass_keys.hide_in_text(text, length, num_facts, seed=length, count_tokens=count_tokens)
+
+
+def run(
+    folder: Path,
+    lengths: list[int],
+    device: torch.device,
+    fillers: Sequence[str] = ("sentences", "words"),
+    dense_layers: Sequence[int] = (0,),
+    max_questions: int = MAX_QUESTIONS,
+) -> None:
     """Evaluate a checkpoint, print a table and write `evaluation.json`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = checkpoint.read(folder, device, dtype)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     results = []
     for length in lengths:
-        for filler in ("sentences", "words"):
+        for filler, num_dense_layers in itertools.product(fillers, dense_layers):
             start = time.monotonic()
-            found = evaluate(model, tokenizer, length, filler)
-            print(table(found) + f"\n({time.monotonic() - start:.0f} s)\n")
+            found = evaluate(model, tokenizer, length, filler, num_dense_layers, max_questions)
+            print(table(found) + f"\n({time.monotonic() - start:.0f} s)\n", flush=True)
             results += found
     record = {
         "page_size": PAGE_SIZE,
@@ -244,8 +315,8 @@ def table(results: list[Result]) -> str:
     """The share of decoded answer tokens that are right, by method and budget, as Markdown."""
     full = results[0]
     lines = [
-        f"{full.length} tokens of {full.filler}, {full.num_facts} facts, dense attention: "
-        f"{full.decoded_tokens_right:.3f}",
+        f"{full.length} tokens of {full.filler}, {full.num_facts} facts, {full.dense_layers} dense "
+        f"layers, dense attention: {full.decoded_tokens_right:.3f}",
         "",
         "| budget (tokens) | " + " | ".join(map(str, BUDGETS)) + " |",
         "| --- " * (len(BUDGETS) + 1) + "|",
@@ -260,9 +331,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--fillers", nargs="+", choices=FILLERS, default=["sentences", "words"])
+    parser.add_argument("--dense-layers", type=int, nargs="+", default=[0])
+    parser.add_argument("--questions", type=int, default=MAX_QUESTIONS, help="per text, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    run(args.folder, args.lengths, torch.device(args.device))
+    device = torch.device(args.device)
+    run(args.folder, args.lengths, device, args.fillers, args.dense_layers, args.questions)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Batch:
 
     tokens: Tensor  # [rows, tokens] int64
     answers: Tensor  # [rows, answers] int64, indices of answer tokens
+    texts: Tensor | None = None  # [rows, n] int64, indices of text tokens to be predicted as well
 
     @property
     def targets(self) -> Tensor:
@@ -52,6 +53,7 @@ class Haystacks:
         self._codes = self._range(words.CODES)
         first_filler = self._ids["the"]
         self._filler = Range(first_filler, len(self._ids) - first_filler)
+        self._any_word = Range(self._adjectives.start, len(self._ids) - self._adjectives.start)
         slots = [self._slots(pattern) for pattern in pass_keys.SENTENCES]
         self._slot_starts = self._tensor([[slot.start for slot in row] for row in slots])
         self._slot_sizes = self._tensor([[slot.size for slot in row] for row in slots])
@@ -62,7 +64,7 @@ class Haystacks:
         Each row draws from an alphabet of its own; in a small one, words repeat by chance and only
         several of them together tell the place.
         """
-        any_word = Range(self._adjectives.start, len(self._ids) - self._adjectives.start)
+        any_word = self._any_word
         size = 2 ** (5 + self._uniform(rows, 1) * 4.5)
         start = any_word.start + self._uniform(rows, 1) * (any_word.size - size)
         pattern = (start + self._uniform(rows, length // 2) * size).long()

@@ -58,13 +58,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        out = attend(self.layer, *self.project(x, cos, sin))
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `[rows, heads, tokens, head_size]`."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = attend(self.layer, query, key, value)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 class FeedForward(nn.Module):

@@ -84,34 +84,46 @@ class Progress:
 class Trainer:
     """Trains one model within a time budget and keeps its best weights in a folder."""
 
+    curriculum = CURRICULUM
+    peak_rate = LEARNING_RATE
+
     def __init__(
         self, *, folder: Path, device: torch.device, seconds: float, max_length: int, seed: int
     ) -> None:
         self.folder = folder
         self.device = device
         self.seconds = seconds
-        self.curriculum = [stage for stage in CURRICULUM if stage.length <= max_length]
+        self.curriculum = tuple(stage for stage in self.curriculum if stage.length <= max_length)
         self.seed = seed
         self.best_accuracy = -1.0
         self.rng = random.Random(seed)
-        self.data = Haystacks(device, seed)
-        validation = Haystacks(device, seed + 1_000_000)
+        self.data = self.haystacks(seed)
+        validation = self.haystacks(seed + 1_000_000)
         lengths = [length for length in VALIDATION_LENGTHS if length <= max_length]
         self.validation = [
-            validation.questions(2, length, num_facts=length // 64, num_questions=length // 64)
+            validation.questions(2, length, length // 64, min(length // 64, MAX_QUESTIONS))
             for length in (lengths or [max_length])
         ]
         self.restart(0.0)
 
+    def haystacks(self, seed: int) -> Haystacks:
+        return Haystacks(self.device, seed)
+
+    def new_model(self) -> Llama:
+        return Llama(Shape(vocabulary=len(pass_keys.vocabulary())))
+
+    def write(self) -> None:
+        checkpoint.write(self.model, self.folder)
+
     def restart(self, now_s: float) -> None:
         """Begin with new weights."""
         self.progress = Progress(stage_started_s=now_s)
-        self.model = Llama(Shape(vocabulary=len(pass_keys.vocabulary())))
+        self.model = self.new_model()
         self.model.initialize(torch.Generator().manual_seed(self.seed))
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
-            lr=LEARNING_RATE,
+            lr=self.peak_rate,
             betas=(0.9, 0.95),
             weight_decay=0.01,
             fused=self.device.type == "cuda",
@@ -151,7 +163,7 @@ class Trainer:
 
     def learning_rate(self, now_s: float) -> float:
         """Warm up; fall with the stages; in the last one, fall to nothing as the time ends."""
-        rate = LEARNING_RATE * self.curriculum[self.progress.stage].rate
+        rate = self.peak_rate * self.curriculum[self.progress.stage].rate
         rate *= min(1.0, (self.progress.steps + 1) / WARMUP_STEPS)
         if self.progress.stage == len(self.curriculum) - 1:
             left_s = self.seconds - self.progress.stage_started_s
@@ -185,7 +197,7 @@ class Trainer:
         accuracy = sum(accuracies) / len(accuracies)
         if accuracy >= self.best_accuracy:
             self.best_accuracy = accuracy
-            checkpoint.write(self.model, self.folder)
+            self.write()
         return accuracy
 
     def advance(self, now_s: float) -> None:
@@ -200,6 +212,25 @@ class Trainer:
                 self.restart(now_s)
         elif progress.stage < len(self.curriculum) - 1 and (passed or too_long):
             progress.enter(progress.stage + 1, now_s)
+
+
+def follow(trainer: Trainer, log_file: Path | None) -> None:
+    """Train to the end, with a progress bar and a JSON record per step in a file."""
+    with (
+        contextlib.nullcontext() if log_file is None else log_file.open("w") as log,
+        tqdm(total=round(trainer.seconds), unit="s", mininterval=5) as bar,
+    ):
+        for record in trainer.run():
+            if log:
+                log.write(json.dumps(record) + "\n")
+            if record["stage_steps"] == 1 or "validation_accuracy" in record:
+                bar.write(json.dumps(record))
+            bar.set_description(
+                f"step {record['steps']:.0f}, {record['length']:.0f} tokens, "
+                f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}",
+                refresh=False,
+            )
+            bar.update(round(record["seconds"]) - bar.n)
 
 
 def main() -> None:
@@ -219,22 +250,7 @@ def main() -> None:
         max_length=args.max_length,
         seed=args.seed,
     )
-    with (
-        contextlib.nullcontext() if args.log is None else args.log.open("w") as log,
-        tqdm(total=round(args.minutes * 60), unit="s", mininterval=5) as bar,
-    ):
-        for record in trainer.run():
-            if log:
-                log.write(json.dumps(record) + "\n")
-            if record["stage_steps"] == 1 or "validation_accuracy" in record:
-                bar.write(json.dumps(record))
-            bar.set_description(
-                f"step {record['steps']:.0f}, {record['length']:.0f} tokens, "
-                f"loss {record['loss']:.3f}, accuracy {record['accuracy']:.1%}",
-                refresh=False,
-            )
-            bar.update(round(record["seconds"]) - bar.n)
-
+    follow(trainer, args.log)
     checkpoint.check(args.out)
     lengths = [length for length in EVALUATION_LENGTHS if length <= args.max_length]
     evaluate.run(args.out, lengths or [args.max_length], trainer.device)

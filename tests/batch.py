@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_quest import reference
+from vllm_quest.config import Score
 
 OUT_OF_RANGE_BLOCK = 1 << 30
 UNTOUCHED_SCORE = -7.0
@@ -66,6 +67,7 @@ def make_batch(
     block_tokens: int = 32,
     soft_cap: float = 0.0,
     strided: bool = False,
+    score: Score = "minmax",
     seed: int = 0,
 ) -> Batch:
     """A batch whose memory is NaN wherever no token or bound of a row lies.
@@ -94,9 +96,8 @@ def make_batch(
         tokens = torch.arange(seq_len)
         slots = block_table[row, tokens // block_tokens].long() * block_tokens
         key, value = torch.randn(2, seq_len, num_kv_heads, head_size, generator=generator)
-        reference.write_kv(
-            key.to(dtype), value.to(dtype), kv_cache, slots + tokens % block_tokens, page_size
-        )
+        slots += tokens % block_tokens
+        reference.write_kv(key.to(dtype), value.to(dtype), kv_cache, slots, page_size, score)
 
     num_heads = num_kv_heads * group_size
     packed_heads = num_heads + (2 * num_kv_heads if strided else 0)
@@ -148,6 +149,17 @@ def score_error(batch: Batch) -> float:
     head_size = batch.query.shape[-1]
     magnitude = batch.query.double().abs().sum(-1).amax() * largest(batch.kv_cache)
     return 4 * head_size * FP32_ROUNDOFF * float(magnitude)
+
+
+def bounds_error(kv_cache: Tensor, page_size: int) -> float:
+    """How far a bound that estimates, computed in fp32 and rounded, may be from another such.
+
+    Both are rounded to the cache's dtype. A sum over the page takes part in `page_size` roundings,
+    and so does the one of the deviations from it; a root doubles what is near 0.
+    """
+    u = UNIT_ROUNDOFF[kv_cache.dtype] + 4 * page_size * FP32_ROUNDOFF
+    smallest_step = 2.0**-24 if kv_cache.dtype == torch.float16 else 0.0
+    return 2 * (2 * largest(kv_cache) * u + smallest_step)
 
 
 def decode_error(batch: Batch, exact: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from vllm_quest.config import QuestConfig
 
 def test_defaults():
     assert QuestConfig.from_settings({}) == QuestConfig(
-        token_budget=2048, dense_layers=2, page_size=16
+        token_budget=2048, dense_layers=2, page_size=16, score="minmax"
     )
 
 
@@ -16,7 +16,10 @@ def test_settings_are_frozen():
         QuestConfig().token_budget = 1
 
 
-@pytest.mark.parametrize("settings", [{"token_budget": -1}, {"dense_layers": 0}, {"page_size": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"token_budget": -1}, {"dense_layers": 0}, {"page_size": 8}, {"score": "mid_dev"}],
+)
 def test_edge_values_are_allowed(settings):
     QuestConfig.from_settings(settings)
 
@@ -33,8 +36,11 @@ def test_edge_values_are_allowed(settings):
         ({"dense_layers": -1}, ["'dense_layers'", "-1", "0 or a positive"]),
         ({"page_size": 12}, ["'page_size'", "12", "multiple of 8"]),
         ({"page_size": 0}, ["'page_size'", "0", "multiple of 8"]),
+        ({"score": "mean"}, ["'score'", "'mean'", "minmax, mean_std, mid_dev"]),
+        ({"score": 1}, ["'score'", "1", "minmax, mean_std, mid_dev"]),
+        ({"score": ["minmax"]}, ["'score'", "['minmax']", "minmax, mean_std, mid_dev"]),
         ({"token_buget": 1}, ["'token_buget'", "'token_budget'", "dense_layers", "page_size"]),
-        ({"zzz": 1}, ["'zzz'", "token_budget, dense_layers, page_size"]),
+        ({"zzz": 1}, ["'zzz'", "token_budget, dense_layers, page_size, score"]),
         ([1], ["[1]", "mapping"]),
         ("token_budget=1", ["'token_budget=1'", "mapping"]),
     ],

@@ -14,12 +14,14 @@ from batch import (
     UNTOUCHED_PAGE,
     UNTOUCHED_SCORE,
     Batch,
+    bounds_error,
     decode_error,
     make_batch,
     run,
     score_error,
 )
 from vllm_quest import ops, reference
+from vllm_quest.config import SCORES, Score
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ISAS = torch.ops.vllm_quest.cpu_isas().split()
@@ -327,6 +329,28 @@ def test_bounds_are_those_of_the_pages_keys_after_any_writes(
     assert torch.equal(cache, expected)
 
 
+@property_test
+@given(
+    slots=st.lists(st.integers(0, 95), min_size=1, max_size=40, unique=True).map(sorted),
+    page_size=st.sampled_from([8, 16, 48]),
+    head_size=st.sampled_from([16, 48]),
+    shift=st.sampled_from([0.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+    score=st.sampled_from(SCORES),
+)
+def test_bounds_of_every_score_are_the_references(
+    slots: list[int], page_size: int, head_size: int, shift: float, dtype: torch.dtype, score: Score
+) -> None:
+    cache = torch.randn(2, 2, 48 + 48 // page_size, 2 * head_size).to(dtype)
+    expected = cache.clone()
+    key, value = (shift + torch.randn(2, len(slots), 2, head_size)).to(dtype)
+    for module, written in ((ops, cache), (reference, expected)):
+        module.write_kv(key, value, written, torch.tensor(slots), page_size, score)
+    assert torch.equal(cache[:, :, :48], expected[:, :, :48])
+    difference = (cache.double() - expected.double()).abs().max()
+    assert difference <= (0.0 if score == "minmax" else bounds_error(expected, page_size))
+
+
 def test_writing_equals_the_reference_across_blocks_and_threads(two_threads: None) -> None:
     slots = torch.cat([torch.arange(5, 90), torch.tensor([-1, -1]), torch.arange(130, 141)])
     packed = torch.randn(len(slots), 6, 64).bfloat16()  # key and value cut out of QKV
@@ -364,6 +388,7 @@ WRITE_ERRORS = [
     (change(slot_mapping=torch.zeros(2, dtype=torch.int32)), "dtype: slot_mapping must be Long"),
     (change(slot_mapping=torch.zeros(3).long()), "shape: slot_mapping must have at most key's 2"),
     (change(page_size=12), "shape: page_size must be a positive multiple of 8, got 12"),
+    (change(score="mean"), "values: score must be minmax, mean_std or mid_dev, got mean"),
 ]
 
 

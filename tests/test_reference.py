@@ -1,11 +1,13 @@
 """The reference has the properties that the method promises."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch import Batch, make_batch, run
 from vllm_quest import reference
+from vllm_quest.config import Score
 
 COVERING = 1000
 
@@ -45,6 +47,27 @@ def test_no_key_of_a_page_exceeds_its_score(batch: Batch) -> None:
             true_max = (query @ keys.double().transpose(1, 2)).amax(dim=(1, 2))
             stored = scores[row, :, page].double()  # rounded to fp32 once
             assert (stored >= true_max - stored.abs() * 2.0**-24).all()
+
+
+@pytest.mark.parametrize("score", ["mean_std", "mid_dev"])
+def test_an_estimate_is_the_center_and_the_spread_seen_by_the_query(score: Score) -> None:
+    batch = make_batch(
+        [1, 20, 32], [1, 1, 1], dtype=torch.float32, num_kv_heads=1, group_size=1, score=score
+    )
+    scores = run(reference, batch).scores
+    for row, length in ((1, 20), (2, 32)):
+        query = batch.query[row, 0].double()
+        for page in range(2):
+            rows = reference.page_rows(batch.kv_cache, batch.block_table[row], page, 16)
+            keys = rows[0, : min(16, length - 16 * page), :64].double()
+            middle = (keys.amin(0) + keys.amax(0)) / 2
+            center, spread = {
+                "mean_std": (keys.mean(0), keys.var(0, correction=0).sqrt()),
+                "mid_dev": (middle, (keys - middle).abs().mean(0)),
+            }[score]
+            exact = query @ center + query.abs() @ spread
+            # The bounds and the score are rounded to fp32.
+            assert (scores[row, 0, page] - exact).abs() <= 8 * 2.0**-24 * (query.abs().sum() * 8)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,12 +3,15 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+Score = Literal["minmax", "mean_std", "mid_dev"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 Tokens = TypeVar("Tokens", int, np.ndarray)
 
@@ -34,19 +37,27 @@ class QuestConfig:
     page_size: int = 16
     """Tokens per page; a multiple of 8 that divides vLLM's block size."""
 
+    score: Score = "minmax"
+    """What a page's score is made of, all of the same stored size. `minmax` is the paper's: the
+    keys' minimum and maximum, a bound that no key of the page exceeds. `mean_std` (mean ∓ standard
+    deviation) and `mid_dev` (middle of the extremes ∓ mean deviation from it) are estimates, which
+    a key may exceed. Engines that hand each other stored KV must agree on it."""
+
     _active: ClassVar["QuestConfig"]
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for field in ("token_budget", "dense_layers", "page_size"):
+            value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise _bad_value(field.name, value, "an integer")
+                raise _bad_value(field, value, "an integer")
         if self.token_budget != UNLIMITED and self.token_budget < 1:
             raise _bad_value("token_budget", self.token_budget, "a positive integer, or -1")
         if self.dense_layers < 0:
             raise _bad_value("dense_layers", self.dense_layers, "0 or a positive integer")
         if self.page_size < 8 or self.page_size % 8 != 0:
             raise _bad_value("page_size", self.page_size, "a positive multiple of 8")
+        if self.score not in SCORES:
+            raise _bad_value("score", self.score, ", ".join(SCORES))
 
     @classmethod
     def from_settings(cls, settings: Any) -> "QuestConfig":

@@ -72,7 +72,8 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         if self.has_window:
             self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         else:
-            ops.write_kv(key, value, kv_cache, slot_mapping, self.quest.page_size)
+            page_size, score = self.quest.page_size, self.quest.score
+            ops.write_kv(key, value, kv_cache, slot_mapping, page_size, score)
 
     def forward(
         self,

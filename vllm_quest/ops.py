@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from vllm_quest import extension
+from vllm_quest.config import Score
 
 for _device in extension.LIBRARIES:
     if extension.library(_device).exists() and (_device == "cpu" or torch.version.cuda):
@@ -35,11 +36,19 @@ UNLIMITED_PAGES = torch.iinfo(torch.int32).max
 
 
 def write_kv(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, page_size: int
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    page_size: int,
+    score: Score = "minmax",
 ) -> None:
     """Store keys and values in their slots, then recompute the bounds of every touched page.
 
     The bounds are taken anew over the page's filled tokens: those up to the last one written here.
+    They are the keys' minimum|maximum, or, for the other scores, center - spread|center + spread,
+    computed in fp32 and rounded to the cache's dtype: then `score` gives q·center + |q|·spread,
+    an estimate that keys of the page may exceed.
     The slots of one page are adjacent in `slot_mapping` and ascend, as vLLM makes them.
 
     Args:
@@ -49,8 +58,10 @@ def write_kv(
         slot_mapping: `[num_slots]` int64, block * block_tokens + offset; -1 is padding.
             num_slots <= num_tokens; further tokens are padding too.
         page_size: tokens per page.
+        score: `minmax`, `mean_std` (mean and population standard deviation) or `mid_dev` (middle
+            of minimum and maximum, and mean absolute deviation from it).
     """
-    torch.ops.vllm_quest.write_kv(key, value, kv_cache, slot_mapping, page_size)
+    torch.ops.vllm_quest.write_kv(key, value, kv_cache, slot_mapping, page_size, score)
 
 
 def score(

@@ -7,6 +7,8 @@ Only tests and benchmarks import it. Tensors and dimension names: see `ops.py`.
 import torch
 from torch import Tensor
 
+from vllm_quest.config import Score
+
 DTYPE = torch.float64
 
 
@@ -38,7 +40,12 @@ def page_bounds(kv_cache: Tensor, block_table_row: Tensor, page: int, page_size:
 
 
 def write_kv(
-    key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, page_size: int
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    page_size: int,
+    score: Score = "minmax",
 ) -> None:
     block_tokens = tokens_per_block(kv_cache, page_size)
     last_written: dict[tuple[int, int], int] = {}  # (block, page of the block) -> token of the page
@@ -50,16 +57,43 @@ def write_kv(
         page, token_of_page = divmod(token, page_size)
         last_written[block, page] = token_of_page
     for (block, page), token_of_page in last_written.items():
-        update_bounds(kv_cache, block, page, token_of_page + 1, page_size)
+        update_bounds(kv_cache, block, page, token_of_page + 1, page_size, score)
 
 
-def update_bounds(kv_cache: Tensor, block: int, page: int, num_tokens: int, page_size: int) -> None:
+def update_bounds(
+    kv_cache: Tensor,
+    block: int,
+    page: int,
+    num_tokens: int,
+    page_size: int,
+    score: Score = "minmax",
+) -> None:
     """Recompute the bounds of a block's page over its first `num_tokens` keys."""
     block_tokens = tokens_per_block(kv_cache, page_size)
     head_size = kv_cache.shape[3] // 2
     first = page * page_size
     keys = kv_cache[block, :, first : first + num_tokens, :head_size]
-    kv_cache[block, :, block_tokens + page] = torch.cat([keys.amin(dim=1), keys.amax(dim=1)], -1)
+    kv_cache[block, :, block_tokens + page] = torch.cat(bounds_of(keys, score), -1)
+
+
+def bounds_of(keys: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """The two bounds of `[num_kv_heads, num_tokens, head_size]`, each without `num_tokens`.
+
+    minmax: the extremes. mean_std: mean ∓ population standard deviation. mid_dev: the middle of
+    the extremes ∓ the mean absolute deviation from it.
+    """
+    keys = keys.to(DTYPE)
+    low, high = keys.amin(dim=1), keys.amax(dim=1)
+    match score:
+        case "minmax":
+            return low, high
+        case "mean_std":
+            center = keys.mean(dim=1)
+            spread = keys.std(dim=1, correction=0)
+        case "mid_dev":
+            center = (low + high) / 2
+            spread = (keys - center[:, None]).abs().mean(dim=1)
+    return center - spread, center + spread
 
 
 def score(

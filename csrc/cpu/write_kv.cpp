@@ -11,18 +11,61 @@ namespace {
 
 constexpr int64_t kPadding = -1;
 
-// Take the minimum and maximum of a page's first `num_tokens` keys, elementwise.
+struct Bounds {
+  Floats low, high;
+};
+
+// The minimum and maximum of `num_tokens` keys, `stride` elements apart.
+template <class T>
+Bounds extremes(const T* keys, int num_tokens, int stride) {
+  Floats low = load(keys), high = low;
+  for (int token = 1; token < num_tokens; ++token) {
+    const Floats key = load(keys + token * stride);
+    low = min_of(low, key);
+    high = max_of(high, key);
+  }
+  return {low, high};
+}
+
+// Their mean, less and plus their standard deviation.
+template <class T>
+Bounds mean_std(const T* keys, int num_tokens, int stride) {
+  Floats sum{}, squares{};
+  for (int token = 0; token < num_tokens; ++token) sum += load(keys + token * stride);
+  const Floats mean = sum / static_cast<float>(num_tokens);
+  for (int token = 0; token < num_tokens; ++token) {
+    const Floats deviation = load(keys + token * stride) - mean;
+    squares += deviation * deviation;
+  }
+  Floats spread = squares / static_cast<float>(num_tokens);
+  for (int lane = 0; lane < kLanes; ++lane) spread[lane] = __builtin_sqrtf(spread[lane]);
+  return {mean - spread, mean + spread};
+}
+
+// The middle of their extremes, less and plus their mean absolute deviation from it.
+template <class T>
+Bounds mid_dev(const T* keys, int num_tokens, int stride) {
+  const auto [low, high] = extremes(keys, num_tokens, stride);
+  const Floats mid = 0.5f * low + 0.5f * high;
+  Floats sum{};
+  for (int token = 0; token < num_tokens; ++token) {
+    const Floats deviation = load(keys + token * stride) - mid;
+    sum += deviation < Floats{} ? -deviation : deviation;
+  }
+  const Floats spread = sum / static_cast<float>(num_tokens);
+  return {mid - spread, mid + spread};
+}
+
+// Take the bounds of a page's first `num_tokens` keys, elementwise.
 template <class T>
 void write_bounds(const T* keys,  // [num_tokens, 2 * head_size], the first half of each row
                   T* bounds,      // [2 * head_size]
-                  int num_tokens, int head_size) {
+                  int num_tokens, int head_size, ScoreKind score) {
+  const auto take = score == ScoreKind::kMinMax    ? extremes<T>
+                    : score == ScoreKind::kMeanStd ? mean_std<T>
+                                                   : mid_dev<T>;
   for (int d = 0; d < head_size; d += kLanes) {
-    Floats low = load(keys + d), high = low;
-    for (int token = 1; token < num_tokens; ++token) {
-      const Floats key = load(keys + token * 2 * head_size + d);
-      low = min_of(low, key);
-      high = max_of(high, key);
-    }
+    const auto [low, high] = take(keys + d, num_tokens, 2 * head_size);
     for (int lane = 0; lane < kLanes; ++lane) {
       store(bounds + d + lane, low[lane]);
       store(bounds + head_size + d + lane, high[lane]);
@@ -55,7 +98,7 @@ void write_run(const WriteKvParams& p, int64_t begin, int64_t end) {
     const int first_token = page * cache.page_size;
     write_bounds(rows + first_token * 2 * cache.head_size,
                  rows + (cache.block_tokens + page) * 2 * cache.head_size,
-                 last_token - first_token + 1, cache.head_size);
+                 last_token - first_token + 1, cache.head_size, p.score);
   }
 }
 

@@ -93,12 +93,13 @@ void for_rows(int64_t num_rows, F f) {
 }
 
 void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                 const Tensor& slot_mapping, int64_t page_size) {
+                 const Tensor& slot_mapping, int64_t page_size, std::string score) {
   const char* op = "write_kv";
   const Sizes sizes = check_write_kv(Device::kCuda, key, value, kv_cache, slot_mapping, page_size);
   check_cache(op, kv_cache, sizes);
   check_aligned(op, {"key", key});
   check_aligned(op, {"value", value});
+  const ScoreKind kind = check_score_kind(score);
   if (sizes.num_slots == 0) return;
   const DeviceGuard guard(kv_cache.get_device_index());
   check_launch(op, write_kv({.cache = cache_of(kv_cache, sizes),
@@ -109,7 +110,8 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                              .key_head_stride = key.stride(1),
                              .value_token_stride = value.stride(0),
                              .value_head_stride = value.stride(1),
-                             .num_slots = static_cast<int>(sizes.num_slots)},
+                             .num_slots = static_cast<int>(sizes.num_slots),
+                             .score = kind},
                             current_stream(kv_cache)));
 }
 

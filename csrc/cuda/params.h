@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../score_kind.h"
+
 namespace quest::cuda {
 
 enum class DType { kBFloat16, kFloat16 };
@@ -35,6 +37,7 @@ struct WriteKvParams {
   int64_t key_token_stride, key_head_stride;
   int64_t value_token_stride, value_head_stride;
   int num_slots;
+  ScoreKind score;
 };
 
 struct ScoreParams {

@@ -5,6 +5,8 @@
 // maximum of those that are keys; then it looks at the page's earlier keys, which no other warp of
 // this launch writes.
 //
+// The other scores' bounds (score_kind.h) need the page's keys once or twice more, from L2.
+//
 // Bytes: 4 * head_size read and written per token and KV head; for a page not begun here also the
 // keys before, and its bounds. Prefill copies at memory speed; decode waits for memory twice.
 #include "device.cuh"
@@ -36,7 +38,30 @@ struct Extremes {
   }
 };
 
-template <typename T>
+// 8 columns in fp32.
+struct Floats {
+  float at[Vec::kElements];
+
+  template <typename T>
+  __device__ static Floats of(const Vec& row) {
+    Floats result;
+#pragma unroll
+    for (int i = 0; i < Vec::kElements; ++i) {
+      result.at[i] = static_cast<float>(reinterpret_cast<const T*>(&row)[i]);
+    }
+    return result;
+  }
+
+  template <typename T>
+  __device__ Vec rounded() const {
+    Vec row;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) row.word[w] = pack<T>(at[2 * w], at[2 * w + 1]);
+    return row;
+  }
+};
+
+template <typename T, ScoreKind kScore>
 class RunWriter {
  public:
   __device__ RunWriter(const WriteKvParams& p, int last_slot, int head)
@@ -72,6 +97,7 @@ class RunWriter {
       copy_run(count, column, is_key, page_rows, extremes);
       if (!is_key) continue;
       if (skips) read_stored(num_stored, page_rows + column, extremes);
+      if constexpr (kScore != ScoreKind::kMinMax) estimate(page_rows + column, extremes);
       store(bounds + column, extremes.low);
       store(bounds + head_size + column, extremes.high);
     }
@@ -129,13 +155,54 @@ class RunWriter {
     }
   }
 
+  // Turn the extremes of a page's keys into center - spread and center + spread.
+  __device__ void estimate(const T* keys, Extremes<T>& extremes) const {
+    const float share = 1.0f / static_cast<float>(last_ + 1);
+    Floats center{}, spread{};
+    if constexpr (kScore == ScoreKind::kMeanStd) {
+      for_each_key(keys, [&](int i, float key) { center.at[i] += key; });
+#pragma unroll
+      for (float& sum : center.at) sum *= share;
+      for_each_key(keys, [&](int i, float key) {
+        spread.at[i] += (key - center.at[i]) * (key - center.at[i]);
+      });
+#pragma unroll
+      for (float& squares : spread.at) squares = sqrtf(squares * share);
+    } else {
+      const Floats low = Floats::of<T>(extremes.low), high = Floats::of<T>(extremes.high);
+#pragma unroll
+      for (int i = 0; i < Vec::kElements; ++i) center.at[i] = 0.5f * low.at[i] + 0.5f * high.at[i];
+      for_each_key(keys, [&](int i, float key) { spread.at[i] += fabsf(key - center.at[i]); });
+#pragma unroll
+      for (float& sum : spread.at) sum *= share;
+    }
+    Floats low, high;
+#pragma unroll
+    for (int i = 0; i < Vec::kElements; ++i) {
+      low.at[i] = center.at[i] - spread.at[i];
+      high.at[i] = center.at[i] + spread.at[i];
+    }
+    extremes.low = low.rounded<T>();
+    extremes.high = high.rounded<T>();
+  }
+
+  // Call f(column, key) for the page's keys up to the last one written.
+  template <typename F>
+  __device__ void for_each_key(const T* keys, const F& f) const {
+    for (int token = 0; token <= last_; ++token) {
+      const Floats key = Floats::of<T>(load_once(keys + token * 2 * p_.cache.head_size));
+#pragma unroll
+      for (int i = 0; i < Vec::kElements; ++i) f(i, key.at[i]);
+    }
+  }
+
   const WriteKvParams& p_;
   const int lane_, last_slot_, head_;
   int64_t page_;  // number in the whole cache
   int last_;      // written token of the page
 };
 
-template <typename T>
+template <typename T, ScoreKind kScore>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams p, int window, int parts) {
   // grid: [windows of slots, parts of the heads]; a CTA handles the runs that end in its window, a
@@ -156,8 +223,23 @@ __global__ void __launch_bounds__(kThreads)
   const int part = blockIdx.x % parts, heads = div_up(p.cache.num_kv_heads - part, parts);
   for (int pair = warp; pair < __popc(ends) * heads; pair += kWarps) {
     const int run = pair / heads, head = pair % heads * parts + part;
-    RunWriter<T>(p, first_slot + __fns(ends, 0, run + 1), head).run();
+    RunWriter<T, kScore>(p, first_slot + __fns(ends, 0, run + 1), head).run();
   }
+}
+
+using Kernel = void (*)(WriteKvParams, int, int);
+
+template <typename T>
+Kernel kernel_for(ScoreKind score) {
+  switch (score) {
+    case ScoreKind::kMinMax:
+      return write_kv_kernel<T, ScoreKind::kMinMax>;
+    case ScoreKind::kMeanStd:
+      return write_kv_kernel<T, ScoreKind::kMeanStd>;
+    case ScoreKind::kMidDev:
+      return write_kv_kernel<T, ScoreKind::kMidDev>;
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -166,8 +248,9 @@ cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
   const int window = params.num_slots <= kSmallBatch ? 1 : kWindow;
   const int parts = window == 1 ? div_up(params.cache.num_kv_heads, kWarps) : 1;
   const int ctas = div_up(params.num_slots, window) * parts;
-  const auto kernel = params.cache.dtype == DType::kBFloat16 ? write_kv_kernel<__nv_bfloat16>
-                                                             : write_kv_kernel<__half>;
+  const Kernel kernel = params.cache.dtype == DType::kBFloat16
+                            ? kernel_for<__nv_bfloat16>(params.score)
+                            : kernel_for<__half>(params.score);
   return launch(kernel, ctas, kThreads, 0, stream, params, window, parts);
 }
 

@@ -1,0 +1,267 @@
+"""What one layer keeps of a text while it decodes, and attention to it, in plain PyTorch.
+
+Every cache begins with a text that was read densely, the same for all rows; then each row feeds
+tokens of its own. All that a step attends to, the token being fed included, is at most the token
+budget. With grouped queries a KV head's attention is that of its group's heads together.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_quest import reference
+from vllm_quest.config import Score
+
+PAGE_SIZE = 16
+MAX_CHUNK_ELEMENTS = 2**24
+"""Of the attention weights that are held at once while they are summed up."""
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """What dense reading left in a layer. Keys are those after the rotary embedding."""
+
+    key: Tensor  # [num_kv_heads, num_tokens, head_size]
+    value: Tensor  # the same
+    last_weights: Tensor  # [num_tokens] fp32, the last token's attention, mean over the heads
+    received: Tensor | None
+    """`[num_kv_heads, num_tokens]` fp32, attention each token got from all; None: not asked for."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.key.shape[1]
+
+
+def read_densely(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, sum_received: bool
+) -> tuple[ReadText, Tensor]:
+    """Causal attention of a text to itself.
+
+    Args:
+        query: `[num_heads, num_tokens, head_size]`.
+        key: `[num_kv_heads, num_tokens, head_size]`.
+        value: the same.
+        scale: factor of q·k.
+        sum_received: whether to find out how much attention each token gets, which is slow.
+
+    Returns:
+        what a cache begins with, and the output, of the query's shape.
+    """
+    out = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
+    )[0]
+    grouped = query.unflatten(0, (len(key), -1))
+    last = attention_weights(grouped[:, :, -1:], key, scale)
+    received = received_attention(grouped, key, scale) if sum_received else None
+    return ReadText(key, value, last.mean(dim=(0, 1, 2)), received), out
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Causal attention summed over queries `[num_kv_heads, group_size, num_tokens, head_size]`."""
+    num_tokens = key.shape[1]
+    received = torch.zeros(key.shape[:2], dtype=torch.float32, device=key.device)
+    chunk = max(1, MAX_CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * num_tokens))
+    for first in range(0, num_tokens, chunk):
+        end = min(first + chunk, num_tokens)
+        later = torch.ones(end - first, end, dtype=torch.bool, device=key.device).triu(first + 1)
+        weights = attention_weights(query[:, :, first:end], key[:, :end], scale, later)
+        received[:, :end] += weights.sum(dim=(1, 2))
+    return received
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, scale: float, masked: Tensor | None = None
+) -> Tensor:
+    """Softmax of q·k, in fp32.
+
+    Args:
+        query: `[..., group_size, num_queries, head_size]`.
+        key: `[..., num_keys, head_size]`.
+        scale: factor of q·k.
+        masked: `[num_queries, num_keys]`, what not to attend to.
+
+    Returns:
+        `[..., group_size, num_queries, num_keys]`.
+    """
+    logits = (query @ key.unsqueeze(-3).mT).float() * scale
+    if masked is not None:
+        logits.masked_fill_(masked, -math.inf)
+    return logits.softmax(dim=-1)
+
+
+class FullCache:
+    """Keeps everything: the text once, each row's own tokens behind it."""
+
+    def __init__(self, text: ReadText, num_rows: int) -> None:
+        self._text = text
+        num_kv_heads, _, head_size = text.key.shape
+        self._key = text.key.new_empty(num_rows, num_kv_heads, 0, head_size)
+        self._value = self._key.clone()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of one more token per row.
+
+        Args:
+            query: `[num_rows, num_heads, head_size]`.
+            key: `[num_rows, num_kv_heads, head_size]`, the token's own, kept from now on.
+            value: the same.
+            scale: factor of q·k.
+
+        Returns:
+            the query's shape.
+        """
+        self._key = torch.cat((self._key, key[:, :, None]), dim=2)
+        self._value = torch.cat((self._value, value[:, :, None]), dim=2)
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
+        of_text = torch.einsum("rhgd,htd->rhgt", grouped, self._text.key)
+        logits = torch.cat((of_text, grouped @ self._key.mT), dim=-1)
+        weights = (logits.float() * scale).softmax(-1).to(query.dtype)
+        on_text, on_own = weights.split([self._text.num_tokens, self._key.shape[2]], dim=-1)
+        out = torch.einsum("rhgt,htd->rhgd", on_text, self._text.value) + on_own @ self._value
+        return out.flatten(1, 2)
+
+
+class EvictingCache:
+    """Keeps some tokens, by position; what is dropped never comes back."""
+
+    def __init__(self, text: ReadText, num_rows: int, token_budget: int) -> None:
+        self._num_rows = num_rows
+        self._token_budget = token_budget
+        # One row until the text is cut down: all rows begin with the same tokens.
+        self._key, self._value = text.key[None], text.value[None]  # [rows, kv_heads, kept, d]
+        self._standing = self.first_standing(text)  # [rows, kv_heads or 1, kept] fp32
+
+    @property
+    def num_kept(self) -> int:
+        return self._key.shape[2]
+
+    def first_standing(self, text: ReadText) -> Tensor:
+        """What decides who stays, `[1, kv_heads or 1, num_tokens]`; higher is better."""
+        raise NotImplementedError
+
+    def kept(self, num_kept: int) -> Tensor:
+        """The tokens to keep of those kept now, `[rows, kv_heads or 1, num_kept]`, in any order."""
+        raise NotImplementedError
+
+    def new_standing(self, weights: Tensor) -> Tensor:
+        """Standing after a step with attention `[rows, kv_heads, group_size, kept]`."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As `FullCache.attend`."""
+        if self.num_kept >= self._token_budget:
+            self._drop(self.kept(self._token_budget - 1).sort(dim=-1).values)
+        if len(self._key) < self._num_rows:
+            self._key, self._value, self._standing = (
+                x.expand(self._num_rows, *x.shape[1:])
+                for x in (self._key, self._value, self._standing)
+            )
+        self._key = torch.cat((self._key, key[:, :, None]), dim=2)
+        self._value = torch.cat((self._value, value[:, :, None]), dim=2)
+        self._standing = F.pad(self._standing, (0, 1))
+        grouped = query.unflatten(1, (key.shape[1], -1)).unsqueeze(3)  # [rows, kv_heads, g, 1, d]
+        weights = attention_weights(grouped, self._key, scale).squeeze(3)
+        self._standing = self.new_standing(weights)
+        return (weights.to(query.dtype) @ self._value).flatten(1, 2)
+
+    def _drop(self, kept: Tensor) -> None:
+        self._standing = self._standing.gather(2, kept)
+        places = kept.expand(-1, self._key.shape[1], -1)[..., None]
+        places = places.expand(-1, -1, -1, self._key.shape[3])
+        self._key, self._value = self._key.gather(2, places), self._value.gather(2, places)
+
+
+class H2OCache(EvictingCache):
+    """H2O (arXiv 2306.14048): half of the budget for the newest tokens, half for heavy hitters.
+
+    Heavy hitters are those that got the most attention, summed over all queries since the text's
+    first, while they were kept. Every KV head keeps tokens of its own.
+    """
+
+    def first_standing(self, text: ReadText) -> Tensor:
+        assert text.received is not None
+        return text.received[None]
+
+    def kept(self, num_kept: int) -> Tensor:
+        num_heavy = self._token_budget // 2
+        num_recent = num_kept - num_heavy  # the token about to be fed makes it half of the budget
+        first_recent = self.num_kept - num_recent
+        heavy = self._standing[..., :first_recent].topk(num_heavy, dim=-1).indices
+        recent = torch.arange(first_recent, self.num_kept, device=heavy.device)
+        return torch.cat((heavy, recent.expand(*heavy.shape[:2], -1)), dim=-1)
+
+    def new_standing(self, weights: Tensor) -> Tensor:
+        return self._standing + weights.sum(dim=2)
+
+
+class TovaCache(EvictingCache):
+    """TOVA (arXiv 2401.06104): whom the newest token attended to the least is dropped.
+
+    Attention is averaged over all heads: a layer keeps the same tokens for all.
+    """
+
+    def first_standing(self, text: ReadText) -> Tensor:
+        return text.last_weights[None, None]
+
+    def kept(self, num_kept: int) -> Tensor:
+        return self._standing.topk(num_kept, dim=-1).indices
+
+    def new_standing(self, weights: Tensor) -> Tensor:
+        return weights.mean(dim=(1, 2)).unsqueeze(1)
+
+
+class QuestCache:
+    """QUEST by the functions of `vllm_quest.reference`, in pages as vLLM has them.
+
+    Rows share the text's whole pages; each has a copy of the last, unfinished one.
+    """
+
+    def __init__(
+        self, text: ReadText, num_rows: int, token_budget: int, num_steps: int, score: Score
+    ) -> None:
+        num_kv_heads, num_tokens, head_size = text.key.shape
+        shared = num_tokens // PAGE_SIZE
+        own = reference.num_pages(num_tokens - shared * PAGE_SIZE + num_steps, PAGE_SIZE)
+        pages = shared + num_rows * own
+        self._score = score
+        self._cache = text.key.new_zeros(pages, num_kv_heads, PAGE_SIZE + 1, 2 * head_size)
+        own_pages = torch.arange(shared, pages).view(num_rows, own)
+        shared_pages = torch.arange(shared).expand(num_rows, -1)
+        self._tables = torch.cat((shared_pages, own_pages), dim=1).int()
+        self._lengths = torch.zeros(num_rows, dtype=torch.int32)
+        num_pages = reference.num_pages(token_budget, PAGE_SIZE)
+        self._budgets = torch.full((num_rows,), num_pages, dtype=torch.int32)
+        self._scores = torch.empty(num_rows, num_kv_heads, shared + own)
+        self._pages = torch.empty(num_rows, num_kv_heads, num_pages, dtype=torch.int32)
+
+        key, value = text.key.transpose(0, 1), text.value.transpose(0, 1)
+        for row in range(num_rows):
+            first = 0 if row == 0 else shared * PAGE_SIZE
+            self._write(row, key[first:], value[first:], first)
+        self._lengths.fill_(num_tokens)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """As `FullCache.attend`."""
+        for row, length in enumerate(self._lengths.tolist()):
+            self._write(row, key[row : row + 1], value[row : row + 1], length)
+        self._lengths += 1
+        rows = (self._tables, self._lengths, self._budgets)
+        reference.score(query, self._cache, *rows, PAGE_SIZE, self._scores)
+        reference.select(self._scores, self._lengths, self._budgets, PAGE_SIZE, self._pages)
+        out = torch.empty_like(query)
+        reference.sparse_decode(query, self._cache, *rows, self._pages, PAGE_SIZE, scale, 0.0, out)
+        return out
+
+    def _write(self, row: int, key: Tensor, value: Tensor, position: int) -> None:
+        positions = torch.arange(position, position + len(key))
+        pages = self._tables[row, positions // PAGE_SIZE].long()
+        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
+        reference.write_kv(key, value, self._cache, slots, PAGE_SIZE, self._score)
+
+
+Cache = FullCache | EvictingCache | QuestCache
+MakeCache = Callable[[ReadText], Cache]
