@@ -1,0 +1,1 @@
+"""What a token budget costs in accuracy: `python -m benchmarks.accuracy MODEL --out DIR`."""

@@ -1,0 +1,69 @@
+"""What passes between tasks, which ask, and engines, which answer: token ids."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and a question about it."""
+
+    material: tuple[int, ...]
+    """Read densely, as a prompt; it begins with whatever the tokenizer puts first."""
+
+    question: tuple[int, ...]
+    """Fed token by token as decode steps, each under the method's budget."""
+
+    max_answer_tokens: int
+    """Then so many tokens are decoded greedily, or until the model ends its answer; 0: none."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.material) + len(self.question) + self.max_answer_tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of a prompt."""
+
+    tokens: tuple[int, ...]
+    """The greedy answer, without the token that ends it."""
+
+    question_logprobs: tuple[float, ...]
+    """Natural logarithm of the probability that the model gave each question token before it was
+    fed; the first comes from the dense material."""
+
+
+class Engine(Protocol):
+    """A model, loaded once, that answers under several methods; a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        method: str,
+        token_budgets: Sequence[int],
+        progress: Callable[[int], None],
+    ) -> list[Answer]:
+        """Answer prompts, in order.
+
+        Args:
+            prompts: what to ask.
+            method: how the engine is to choose what it attends to.
+            token_budgets: for each prompt, tokens attended per KV head and decode step; -1: all.
+            progress: called with the number of prompts answered since the last call.
+
+        Raises:
+            NotImplementedError: the method cannot do this; one line says why.
+        """
+        ...
