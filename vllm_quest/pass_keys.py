@@ -113,6 +113,51 @@ def make_haystack(
     return Haystack(text=" ".join(pieces), num_tokens=num_tokens, facts=tuple(facts))
 
 
+def hide_in_text(
+    text: str,
+    num_tokens: int,
+    num_facts: int,
+    *,
+    seed: int,
+    count_tokens: Callable[[str], int],
+    comment: str = "# ",
+) -> Haystack:
+    """Hide facts between lines of a given text, such as program source, each in a comment.
+
+    Args:
+        text: a stretch of it is used, from a random line on, around its end if need be.
+        num_tokens: length of the result; at most one line shorter.
+        num_facts: facts to hide, each with a key of its own.
+        seed: equal seeds give equal results.
+        count_tokens: the tokens of a string, nothing added in front.
+        comment: opens the line of a fact.
+
+    Raises:
+        ValueError: the text has no tokens, or the facts do not fit.
+    """
+    rng = random.Random(seed)
+    facts = _facts(num_facts, rng)
+    hidden = [f"{comment}{fact.sentence}" for fact in facts]
+    source = text.splitlines()
+    left = num_tokens - sum(count_tokens(f"{line}\n") for line in hidden)
+    if left < 0 or not text.strip():
+        raise ValueError(
+            f"expected a text that is not blank, and facts that fit, got {len(text)} characters "
+            f"and {num_facts} facts in {num_tokens} tokens"
+        )
+    first, lines = rng.randrange(len(source)), list[str]()
+    while True:
+        line = source[(first + len(lines)) % len(source)]
+        left -= count_tokens(f"{line}\n")
+        if left < 0:
+            break
+        lines.append(line)
+    for line in hidden:
+        lines.insert(rng.randint(0, len(lines)), line)
+    result = "".join(f"{line}\n" for line in lines)
+    return Haystack(text=result, num_tokens=count_tokens(result), facts=tuple(facts))
+
+
 def _facts(num_facts: int, rng: random.Random) -> list[Fact]:
     num_nouns = len(words.KEY_NOUNS)
     keys = rng.sample(range(len(words.KEY_ADJECTIVES) * num_nouns), num_facts)

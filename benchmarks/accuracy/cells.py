@@ -36,6 +36,8 @@ class Result:
     cell: Cell
     grades: list[float]
     depths: list[float | None]
+    machine: str
+    """What it was measured on, and with which versions."""
 
 
 class Store:
@@ -49,7 +51,9 @@ class Store:
             settings: what else the numbers depend on; results of other settings are not mixed in.
         """
         self._path = path
-        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
         self._results: dict[Cell, Result] = {}
         if path.exists():
             for line in path.read_text().splitlines():
@@ -70,11 +74,8 @@ class Store:
     def add(self, result: Result) -> None:
         """Keep a finished cell, in the file too."""
         self._results[result.cell] = result
-        row = asdict(result.cell) | {
-            "grades": result.grades,
-            "depths": result.depths,
-            "settings": self._digest,
-        }
+        row = asdict(result)
+        row = row.pop("cell") | row | {"settings": self._digest}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

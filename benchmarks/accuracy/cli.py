@@ -1,6 +1,7 @@
 """The command `python -m benchmarks.accuracy`."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -33,7 +34,13 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="sets of samples")
     add("--samples", type=int, default=32, help="samples per seed")
     add("--language", choices=("demo", "english"), help="default: told by the tokenizer")
-    add("--text", type=Path, help="text file for the perplexity")
+    add(
+        "--filler",
+        choices=("sentences", "words", "text"),
+        default="sentences",
+        help="what lies between the facts: prose, words in random order, or lines of --text",
+    )
+    add("--text", type=Path, help="text file, for perplexity and as filler")
     add(
         "--scored-tokens",
         type=int,
@@ -59,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
 
-    from benchmarks.accuracy import plots, report
+    from benchmarks.accuracy import report
     from benchmarks.accuracy.cells import Store
     from benchmarks.accuracy.measure import Measurement
     from benchmarks.accuracy.tokens import Tokens
@@ -69,23 +76,31 @@ def main(arguments: list[str] | None = None) -> None:
     plan = _plan(options, tokens)
     options.out.mkdir(parents=True, exist_ok=True)
     store = Store(options.out / "cells.jsonl", plan.sample_settings())
-    measurement = Measurement(plan, store, tokens)
+    this_machine = ", ".join(f"{key}: {value}" for key, value in machine().items())
+    measurement = Measurement(plan, store, tokens, this_machine)
     try:
         measurement.run()
     finally:
         results = store.results(plan.all_cells())
-        if results:
-            plots.write(options.out, results, plan.scores)
+        _draw(options.out, results, plan.scores, measurement.skipped)
         report.write(
             options.out,
             results=results,
             scores=plan.scores,
             skipped=measurement.skipped.reasons,
-            machine=machine(),
             command=shlex.join(["python", "-m", "benchmarks.accuracy", *arguments]),
             settings=plan.sample_settings(),
         )
     print((options.out / "report.md").read_text())
+
+
+def _draw(folder: Path, results: Any, scores: Any, skipped: Any) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        skipped.add("plots", "matplotlib is not installed: pip install 'vllm-quest[eval]'")
+    elif results:
+        from benchmarks.accuracy import plots
+
+        plots.write(folder, results, scores)
 
 
 def _plan(options: argparse.Namespace, tokens: Any) -> Any:
@@ -95,6 +110,8 @@ def _plan(options: argparse.Namespace, tokens: Any) -> Any:
     from benchmarks.accuracy.tasks import ALL
 
     known_methods = (*VLLM_METHODS, *transformers_methods())
+    if options.filler == "text" and options.text is None:
+        raise SystemExit("--filler text needs a text: give one with --text FILE")
     tasks = []
     for name in options.tasks:
         tasks += [t for t in ALL if t.startswith("longbench")] if name == "longbench" else [name]
@@ -112,6 +129,7 @@ def _plan(options: argparse.Namespace, tokens: Any) -> Any:
         seeds=options.seeds,
         samples=options.samples,
         language=options.language or tokens.language(),
+        filler=options.filler,
         text=options.text,
         scored_tokens=options.scored_tokens,
         longbench=options.longbench,

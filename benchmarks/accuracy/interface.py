@@ -53,7 +53,7 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         method: str,
         token_budgets: Sequence[int],
-        progress: Callable[[int], None],
+        progress: Callable[[int], object],
     ) -> list[Answer]:
         """Answer prompts, in order.
 

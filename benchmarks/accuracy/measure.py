@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,10 +41,11 @@ def transformers_methods() -> tuple[str, ...]:
 class Measurement:
     """A plan under way."""
 
-    def __init__(self, plan: Plan, store: Store, tokens: Tokens) -> None:
+    def __init__(self, plan: Plan, store: Store, tokens: Tokens, machine: str) -> None:
         self.plan = plan
         self.store = store
         self.tokens = tokens
+        self.machine = machine
         self.skipped = Skipped()
         self._samples: dict[tuple[str, int, int], list[Sample]] = {}
 
@@ -91,7 +93,7 @@ class Measurement:
         ]
 
     def _run_engine(
-        self, dense_layers: int, score: str, methods: tuple[str, ...], progress: tqdm
+        self, dense_layers: int, score: str, methods: tuple[str, ...], progress: "tqdm[Any]"
     ) -> None:
         jobs: dict[tuple[str, int, int, str], list[Cell]] = {}
         for (task, context, seed), _ in self._samples.items():
@@ -110,7 +112,7 @@ class Measurement:
                     self.skipped.add(method, str(error))
                     progress.update(len(cells) * len(self._samples_of(cells[0])))
 
-    def _run_cells(self, engine: Engine, cells: list[Cell], progress: tqdm) -> None:
+    def _run_cells(self, engine: Engine, cells: list[Cell], progress: "tqdm[Any]") -> None:
         """All budgets of one method at once: a request has its own."""
         task, samples = ALL[cells[0].task], self._samples_of(cells[0])
         requests = [(sample, cell) for sample in samples for cell in cells]
@@ -125,12 +127,11 @@ class Measurement:
             text = self.tokens.text(answer.tokens)
             grades[cell].append(task.grade(sample, answer, text))
         for cell in cells:
-            self.store.add(Result(cell, grades[cell], [sample.depth for sample in samples]))
+            depths = [sample.depth for sample in samples]
+            self.store.add(Result(cell, grades[cell], depths, self.machine))
 
     @contextmanager
-    def _engine(
-        self, dense_layers: int, score: str, methods: tuple[str, ...]
-    ) -> Iterator[Engine]:
+    def _engine(self, dense_layers: int, score: str, methods: tuple[str, ...]) -> Iterator[Engine]:
         longest = max(s.prompt.num_tokens for group in self._samples.values() for s in group)
         if methods == VLLM_METHODS:
             from benchmarks.accuracy.vllm_engine import VllmEngine

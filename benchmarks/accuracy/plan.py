@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.accuracy.cells import FULL, Cell
 from benchmarks.accuracy.tasks import ALL, Request
+from benchmarks.accuracy.tasks.base import Filler
 from benchmarks.accuracy.tokens import Language, Tokens
 
 SCORED_METHODS = ("quest", "quest-hf")
@@ -29,6 +30,7 @@ class Plan:
     seeds: int
     samples: int
     language: Language
+    filler: Filler = "sentences"
     text: Path | None = None
     scored_tokens: int = 256
     longbench: Path | None = None
@@ -41,6 +43,7 @@ class Plan:
             "language": self.language,
             "seeds": self.seeds,
             "samples": self.samples,
+            "filler": self.filler,
             "text": str(self.text),
             "scored_tokens": self.scored_tokens,
             "longbench": str(self.longbench),
@@ -57,6 +60,7 @@ class Plan:
             seed=seed,
             first_sample=seed * self.samples,
             total_samples=self.seeds * self.samples,
+            filler=self.filler,
             text_file=self.text,
             scored_tokens=self.scored_tokens,
             data_folder=self.longbench,

@@ -139,7 +139,7 @@ def _over_depth(results: list[Result], scores: Sequence[str], path: Path) -> Non
         sharex=True,
         sharey=True,
     )
-    image = None
+    image: Any = None
     for y, method in enumerate(methods):
         for x, budget in enumerate(budgets):
             own = grades.get((method, budget), grades.get((method, FULL), {}))

@@ -52,7 +52,6 @@ def write(
     results: Sequence[Result],
     scores: Sequence[str],
     skipped: dict[str, str],
-    machine: dict[str, str],
     command: str,
     settings: dict[str, Any],
 ) -> None:
@@ -60,22 +59,28 @@ def write(
     table = rows(results, scores)
     record = {
         "command": command,
-        "machine": machine,
+        "machines": _machines(results),
         "settings": settings,
         "skipped": skipped,
         "rows": [asdict(row) for row in table],
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "report.md").write_text(_markdown(table, skipped, machine, command, folder))
+    (folder / "report.md").write_text(
+        _markdown(table, skipped, _machines(results), command, folder)
+    )
+
+
+def _machines(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.machine for result in results))
 
 
 def _markdown(
-    table: list[Row], skipped: dict[str, str], machine: dict[str, str], command: str, folder: Path
+    table: list[Row], skipped: dict[str, str], machines: list[str], command: str, folder: Path
 ) -> str:
     parts = [
         "# What a token budget costs",
         f"`{command}`",
-        ", ".join(f"{key}: {value}" for key, value in machine.items()),
+        "; ".join(machines),
         "Intervals are 95 %: Wilson's over answers that are right or wrong, a bootstrap's over "
         "samples for shares and perplexity.",
     ]

@@ -27,7 +27,7 @@ SWAPPED_METHODS = ("streaming", "oracle")
 """Methods that replace QUEST's choice of pages, which lives in the process of the model."""
 
 CPU_KV_CACHE_BYTES = 2 << 30
-PROMPTS_PER_PROGRESS = 4
+PROMPTS_PER_PROGRESS = 2
 """Progress is reported after so many times the prompts that run at once."""
 
 
@@ -55,7 +55,7 @@ class VllmEngine:
         quest: dict[str, Any] = {"dense_layers": dense_layers, "token_budget": UNLIMITED}
         if score != "minmax":
             quest["score"] = score
-        defaults: dict[str, Any] = {"max_num_seqs": 128}
+        defaults: dict[str, Any] = {"max_num_seqs": 256}
         if not torch.cuda.is_available():
             # fp32 leaves nothing to rounding.
             defaults = {
@@ -88,7 +88,7 @@ class VllmEngine:
         prompts: Sequence[Prompt],
         method: str,
         token_budgets: Sequence[int],
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Callable[[int], object] = lambda _: None,
     ) -> list[Answer]:
         """Answer prompts, in order; see `interface.Engine`."""
         if method in SWAPPED_METHODS and self._options.get("tensor_parallel_size", 1) > 1:

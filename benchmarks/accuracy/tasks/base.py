@@ -6,8 +6,10 @@ from typing import Literal, Protocol
 
 from benchmarks.accuracy.interface import Answer, Prompt
 from benchmarks.accuracy.tokens import Language, Tokens
+from vllm_quest import pass_keys
 
 Unit = Literal["share right", "perplexity"]
+Filler = pass_keys.Filler | Literal["text"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Request:
 
     total_samples: int = 0
     """Samples of all seeds; 0: num_samples."""
+
+    filler: Filler = "sentences"
+    """What lies between facts of `vllm_quest.pass_keys`; `text`: lines of the text file."""
 
     text_file: Path | None = None
     scored_tokens: int = 256

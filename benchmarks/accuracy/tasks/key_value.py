@@ -1,8 +1,10 @@
 """Many facts, one for every 128 words of filler, and a question about one of them.
 
 All samples of a seed ask about one text, so that it is read once. An answer is right if it begins
-with the whole code: five two-digit numbers.
+with the whole code: its first five numbers are the code's.
 """
+
+import re
 
 from benchmarks.accuracy.interface import Answer, Prompt
 from benchmarks.accuracy.tasks import facts
@@ -45,7 +47,7 @@ class KeyValue:
 
     def grade(self, sample: Sample, answer: Answer, text: str) -> float:
         (code,) = sample.targets
-        return float(text.split()[:CODE_WORDS] == code.split())
+        return float(re.findall(r"\d+", text)[:CODE_WORDS] == code.split())
 
 
 def _english_question(fact: Fact) -> str:

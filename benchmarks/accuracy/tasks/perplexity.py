@@ -12,7 +12,7 @@ from benchmarks.accuracy.tasks.base import Request, Sample, Unit
 from vllm_quest.pass_keys import EOS
 
 MAX_UNKNOWN_SHARE = 0.01
-TURNS = 8
+TURNS = 4
 """Questions per sample of the demo model."""
 
 
@@ -70,7 +70,9 @@ def _codes(request: Request) -> list[Sample]:
     numbers = facts.in_turn(haystack, request.num_samples * TURNS)
     samples = []
     for first in range(request.num_samples):
-        material, question, scored = request.tokens.ids(haystack.text), (), []
+        material = request.tokens.ids(haystack.text)
+        question: tuple[int, ...] = ()
+        scored: list[int] = []
         for number in numbers[first :: request.num_samples]:
             fact = haystack.facts[number]
             turn = request.tokens.split(f"{haystack.text} {fact.question}", f" {fact.code} {EOS}")

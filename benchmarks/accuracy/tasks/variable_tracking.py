@@ -1,7 +1,7 @@
 """A chain of variables, each set to the one before (in the style of RULER, arXiv 2404.06654).
 
-Five lines lie in order in the filler; the question asks for all variables that hold the number which
-the first was set to. The score is the share of them that the answer names.
+Five lines lie in order in the filler; the question asks for all variables that hold the number
+which the first was set to. The score is the share of them that the answer names.
 """
 
 import random
