@@ -15,6 +15,15 @@ SCORED_METHODS = ("quest", "quest-hf")
 FULL_METHODS = ("full", "full-hf")
 """Methods that know no budget."""
 
+SPEED_ARGS = (
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "tensor_parallel_size",
+)
+"""Engine arguments that change the time and not the answers: results may be mixed."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +56,9 @@ class Plan:
             "text": str(self.text),
             "scored_tokens": self.scored_tokens,
             "longbench": str(self.longbench),
-            "engine_args": self.engine_args,
+            "engine_args": {
+                key: value for key, value in self.engine_args.items() if key not in SPEED_ARGS
+            },
         }
 
     def request(self, tokens: Tokens, task: str, context_tokens: int, seed: int) -> Request:

@@ -10,6 +10,7 @@ from vllm_quest import pass_keys
 
 Language = Literal["demo", "english"]
 
+SEAM_CHARACTERS = 400
 ENGLISH_PROBE = "There is important information hidden inside a lot of irrelevant text."
 DEMO_PROBE = pass_keys.FACT.format(key="amber falcon", code="47 19 82 05 63")
 
@@ -20,6 +21,7 @@ class Tokens:
     def __init__(self, model: str) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
+    @lru_cache(maxsize=256)  # noqa: B019  (one object per report)
     def ids(self, text: str) -> tuple[int, ...]:
         """A prompt's token ids, with whatever the tokenizer puts first."""
         return tuple(self._tokenizer(text).input_ids)
@@ -28,17 +30,21 @@ class Tokens:
         return len(self.ids(text))
 
     def split(self, material: str, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids of the two together, cut where the question's own begin."""
-        whole, alone = self.ids(material + question), self.ids(material)
+        """Token ids of the two together, cut where the question's own begin.
+
+        Only the seam is looked at: no token is as long as `SEAM_CHARACTERS`.
+        """
+        tail = material[-SEAM_CHARACTERS:]
+        whole, alone = self.ids(tail + question), self.ids(tail)
         shared = 0
         while shared < len(alone) and whole[shared] == alone[shared]:
             shared += 1
-        return whole[:shared], whole[shared:]
+        material_ids = self.ids(material)
+        return material_ids[: len(material_ids) - len(alone) + shared], whole[shared:]
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    @lru_cache(maxsize=8)  # noqa: B019  (one object per report)
     def unknown_share(self, text: str) -> float:
         """The share of a text's tokens that stand for words the tokenizer does not know."""
         unknown = self._tokenizer.unk_token_id
