@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--scores", nargs="+", default=["minmax"], metavar="SCORE", help="QUEST's page scores")
     add("--seeds", type=int, default=3, help="sets of samples")
     add("--samples", type=int, default=32, help="samples per seed")
+    add("--report-only", action="store_true", help="measure nothing, report what is finished")
     add("--language", choices=("demo", "english"), help="default: told by the tokenizer")
     add(
         "--filler",
@@ -82,8 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     this_machine = ", ".join(f"{key}: {value}" for key, value in machine().items())
     measurement = Measurement(plan, store, tokens, this_machine)
     try:
-        measurement.run()
+        measurement.run(report_only=options.report_only)
     finally:
+        measurement.name_unfinished()
         results = store.results(plan.all_cells())
         _draw(options.out, results, plan.scores, measurement.skipped)
         report.write(

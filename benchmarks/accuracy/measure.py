@@ -49,9 +49,11 @@ class Measurement:
         self.skipped = Skipped()
         self._samples: dict[tuple[str, int, int], list[Sample]] = {}
 
-    def run(self) -> None:
+    def run(self, *, report_only: bool = False) -> None:
         """Measure what is not in the store."""
         self._make_samples()
+        if report_only:
+            return
         unfinished = [cell for cell in self._possible() if cell not in self.store]
         total = sum(len(self._samples_of(cell)) for cell in unfinished)
         finished = len(self._possible()) - len(unfinished)
@@ -62,6 +64,18 @@ class Measurement:
                 for score in self.plan.scores:
                     for methods in (VLLM_METHODS, transformers_methods()):
                         self._run_engine(dense_layers, score, methods, progress)
+
+    def name_unfinished(self) -> None:
+        """Count what is left among the skipped."""
+        missing: dict[str, int] = {}
+        for cell in self._possible():
+            if cell not in self.store and cell.method not in self.skipped.reasons:
+                where = f"{cell.task} at {cell.context_tokens} tokens, {cell.dense_layers} dense"
+                name = f"{where}, {' '.join((cell.method, cell.score)).strip()}"
+                missing[name] = missing.get(name, 0) + 1
+        for name, number in missing.items():
+            reason = f"{number} cells are not measured yet; the same command goes on with them"
+            self.skipped.add(name, reason)
 
     def _make_samples(self) -> None:
         groups = [
