@@ -66,16 +66,15 @@ class Measurement:
                         self._run_engine(dense_layers, score, methods, progress)
 
     def name_unfinished(self) -> None:
-        """Count what is left among the skipped."""
-        missing: dict[str, int] = {}
+        """Name what is left among the skipped."""
+        missing: dict[str, dict[str, None]] = {}
         for cell in self._possible():
             if cell not in self.store and cell.method not in self.skipped.reasons:
                 where = f"{cell.task} at {cell.context_tokens} tokens, {cell.dense_layers} dense"
-                name = f"{where}, {' '.join((cell.method, cell.score)).strip()}"
-                missing[name] = missing.get(name, 0) + 1
-        for name, number in missing.items():
-            reason = f"{number} cells are not measured yet; the same command goes on with them"
-            self.skipped.add(name, reason)
+                name = " ".join((cell.method, cell.score)).strip()
+                missing.setdefault(where, {})[name] = None
+        for where, names in missing.items():
+            self.skipped.add(where, f"not finished: {', '.join(names)}; the same command goes on")
 
     def _make_samples(self) -> None:
         groups = [

@@ -22,6 +22,9 @@ COLORS = {
     "h2o": "#e08e1b",
     "tova": "#8a5bb5",
 }
+WIDE = 4
+"""Perplexities that differ by this factor are drawn on a logarithmic scale."""
+
 DEPTHS = 10
 """Rows of a heat map, at most."""
 
@@ -49,6 +52,8 @@ def _against_budget(table: list[Row], path: Path) -> None:
     layers = sorted({row.dense_layers for row in table})
     is_perplexity = ALL[table[0].task].unit == "perplexity"
     scale = 1 if is_perplexity else 100
+    means = [row.estimate.mean for row in table]
+    is_wide = max(means) > WIDE * min(means)
     figure, axes = plt.subplots(
         len(layers),
         len(contexts),
@@ -75,6 +80,8 @@ def _against_budget(table: list[Row], path: Path) -> None:
         axis.grid(alpha=0.25)
         if not is_perplexity:
             axis.set_ylim(-3, 103)
+        elif is_wide:
+            axis.set_yscale("log")
     for axis in axes[-1]:
         axis.set_xlabel("token budget")
     for row_axes in axes:
