@@ -277,6 +277,8 @@ def test_the_store_goes_on_after_a_broken_line(tmp_path):
     store = Store(path, settings)
     assert cell in store and store.results([cell])[0].grades == [1.0, 0.0]
     assert cell not in Store(path, {"model": "b"})
+    other_seed = dataclasses.replace(cell, seed=1)
+    assert store.results([cell, other_seed]) == []
 
 
 def test_one_command_makes_the_report_and_a_rerun_measures_nothing(

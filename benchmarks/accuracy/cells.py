@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +82,7 @@ class Store:
             os.fsync(file.fileno())
 
     def results(self, cells: Iterable[Cell]) -> list[Result]:
-        """Those of the cells that are finished."""
-        return [self._results[cell] for cell in cells if cell in self._results]
+        """Those of the cells that are finished for every seed: seeds differ in their depths."""
+        cells = list(cells)
+        unfinished = {replace(cell, seed=0) for cell in cells if cell not in self}
+        return [self._results[cell] for cell in cells if replace(cell, seed=0) not in unfinished]

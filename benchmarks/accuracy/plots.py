@@ -68,6 +68,7 @@ def _against_budget(table: list[Row], path: Path) -> None:
         for x, context in enumerate(contexts)
     ):
         here = [r for r in table if (r.context_tokens, r.dense_layers) == (context, dense)]
+        axis.set_visible(bool(here))
         for method in methods:
             own = sorted((r for r in here if r.method == method), key=lambda r: r.token_budget)
             if own:
