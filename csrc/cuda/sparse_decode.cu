@@ -18,6 +18,7 @@
 // Bytes: 4 * head_size per attended token and KV head, each read once. Nothing else counts.
 #include <algorithm>
 
+#include "../counters.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
@@ -111,6 +112,22 @@ class SparseDecode {
       if (number + stages_ < end_) copy_tile(number + stages_);
       if (number + 1 == end_ || number + 1 == segment.first + segment.count) finish(segment);
     }
+  }
+
+  // Add what a row reads, in all its KV heads, to the counters: one thread of the grid.
+  static __device__ void count_row(const SparseDecodeParams& p, int row) {
+    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+    if (seq_len == 0) return;
+    const auto add = [&](int counter, int64_t n) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.counters) + counter,
+                static_cast<unsigned long long>(n * p.cache.num_kv_heads));
+    };
+    const int pages = div_up(seq_len, p.cache.page_size);
+    const bool is_sparse = pages > budget;
+    add(is_sparse ? kSparseRows : kDenseRows, 1);
+    if (is_sparse) add(kPagesScored, pages);
+    add(kPagesRead, min(pages, budget));
+    add(kPagesFull, pages);
   }
 
   // Tokens that a row attends to.
@@ -491,6 +508,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
   wait_for_previous_kernel();
   release_next_kernel();
+  if (p.counters != nullptr && threadIdx.x == 0) {
+    for (int row = blockIdx.x; row < p.rows.num_rows; row += gridDim.x) Decode::count_row(p, row);
+  }
   if (begin < end) Decode(p, shared, tiles, stages, schedule, begin, end).run();
 }
 

@@ -1,0 +1,3 @@
+from benchmarks.accuracy.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""The report of a plan: `report.md`, `results.json` and plots, from the finished cells."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.cells import FULL, Result
+from benchmarks.accuracy.intervals import Estimate, perplexity, share_right
+from benchmarks.accuracy.tasks import ALL
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget, over all seeds."""
+
+    task: str
+    context_tokens: int
+    dense_layers: int
+    method: str
+    """With its page score, where it is not the first that was asked for."""
+
+    token_budget: int
+    num_samples: int
+    estimate: Estimate
+
+
+def rows(results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
+    """Merge the seeds of every method and budget."""
+    grades: dict[tuple[str, int, int, str, int], list[float]] = {}
+    for result in results:
+        cell = result.cell
+        name = method_name(cell.method, cell.score, scores)
+        key = (cell.task, cell.context_tokens, cell.dense_layers, name, cell.token_budget)
+        grades.setdefault(key, []).extend(result.grades)
+    estimate = {"share right": share_right, "perplexity": perplexity}
+    return [
+        Row(*key, num_samples=len(values), estimate=estimate[ALL[key[0]].unit](values))
+        for key, values in grades.items()
+    ]
+
+
+def method_name(method: str, score: str, scores: Sequence[str]) -> str:
+    """How tables and plots call a method: with its score where several were measured."""
+    return f"{method} ({score})" if score and len(scores) > 1 else method
+
+
+def write(
+    folder: Path,
+    *,
+    results: Sequence[Result],
+    scores: Sequence[str],
+    skipped: dict[str, str],
+    command: str,
+    settings: dict[str, Any],
+) -> None:
+    """Write the tables; `plots` writes the pictures beside them."""
+    table = rows(results, scores)
+    record = {
+        "command": command,
+        "machines": _machines(results),
+        "settings": settings,
+        "skipped": skipped,
+        "rows": [asdict(row) for row in table],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "report.md").write_text(
+        _markdown(table, skipped, _machines(results), command, folder)
+    )
+
+
+def _machines(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.machine for result in results))
+
+
+def _markdown(
+    table: list[Row], skipped: dict[str, str], machines: list[str], command: str, folder: Path
+) -> str:
+    parts = [
+        "# What a token budget costs",
+        f"`{command}`",
+        "; ".join(machines),
+        "Intervals are 95 %: Wilson's over answers that are right or wrong, a bootstrap's over "
+        "samples for shares and perplexity.",
+    ]
+    for task in dict.fromkeys(row.task for row in table):
+        parts.append(f"## {ALL[task].title}")
+        of_task = [row for row in table if row.task == task]
+        for context, dense in dict.fromkeys((r.context_tokens, r.dense_layers) for r in of_task):
+            chosen = [r for r in of_task if (r.context_tokens, r.dense_layers) == (context, dense)]
+            parts += _section(chosen, context, dense)
+        parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob(f"{task}*.png"))]
+    if skipped:
+        parts.append("## Skipped")
+        parts.append("\n".join(f"- {what}: {reason}" for what, reason in skipped.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(chosen: list[Row], context: int, dense: int) -> list[str]:
+    layers = {0: "no dense layers", 1: "one dense layer"}.get(dense, f"{dense} dense layers")
+    unit = ALL[chosen[0].task].unit
+    cells = {(row.method, row.token_budget): row for row in chosen}
+    budgets = sorted({row.token_budget for row in chosen} - {FULL})
+    lines = []
+    for method in dict.fromkeys(row.method for row in chosen):
+        full = cells.get((method, FULL))
+        if full is not None:
+            lines.append(f"{method}: {_cell(full, unit)}, {full.num_samples} samples")
+    header = ["token budget", *map(str, budgets)]
+    body = [
+        [method, *(_cell(cells.get((method, budget)), unit) for budget in budgets)]
+        for method in dict.fromkeys(row.method for row in chosen)
+        if (method, FULL) not in cells
+    ]
+    title = f"### {context} tokens, {layers}"
+    return [title, *lines, *([markdown_table(header, body)] if body else [])]
+
+
+def _cell(row: Row | None, unit: str) -> str:
+    if row is None:
+        return ""
+    mean, low, high = asdict(row.estimate).values()
+    if unit == "perplexity":
+        return f"{mean:.3f} ({low:.3f}-{high:.3f})"
+    return f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
