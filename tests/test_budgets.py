@@ -1,20 +1,16 @@
 """Each request gets the budget that it asked for, and bad ones are refused when they arrive."""
 
-import gc
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from vllm.exceptions import VLLMValidationError
 
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
-from vllm_quest import budgets as budgets_module
 from vllm_quest import ops
 from vllm_quest.budgets import SERVER_DEFAULT, requested_budget
 
@@ -107,7 +103,24 @@ def test_budgets_follow_their_requests(tmp_path, monkeypatch, v2_runner):
     assert set.union(*(row_budgets for _, row_budgets in by_mark)) == pages
 
 
-ASKING = {"extra_args": {"quest_token_budget": 64}}
+PIPELINE = """
+import gc, sys
+sys.path.insert(0, sys.argv[2])
+import conftest
+from engines import engine, greedy, random_prompts, token_ids
+from vllm.exceptions import VLLMValidationError
+if __name__ == "__main__":
+    asking = greedy(2, extra_args={"quest_token_budget": 64})
+    with engine(sys.argv[1], pipeline_parallel_size=2) as llm:
+        try:
+            token_ids(llm, random_prompts([20]), asking)
+        except VLLMValidationError as error:
+            print("refused:", error)
+    del llm
+    gc.collect()  # with the engine's configuration goes its refusal
+    with engine(sys.argv[1]) as llm:
+        print("served:", len(token_ids(llm, random_prompts([20]), asking)))
+"""
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
@@ -116,20 +129,15 @@ def test_pipeline_parallel_engines_refuse_budgets(tmp_path, monkeypatch):
     first, *_, last = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    warnings = []
-    warn = SimpleNamespace(warning_once=lambda line, *values: warnings.append(line % values))
-    monkeypatch.setattr(budgets_module, "logger", warn)
-    model = write_model(tmp_path)
-    with engine(model, pipeline_parallel_size=2) as llm:
-        [warning] = warnings
-        assert "pipeline parallelism" in warning
-        refusal = "quest_token_budget cannot be served: pipeline"
-        with pytest.raises(VLLMValidationError, match=refusal):
-            token_ids(llm, random_prompts([20]), greedy(2, **ASKING))
-    del llm
-    gc.collect()  # with the engine's configuration goes its refusal
-    with engine(model) as llm:
-        assert token_ids(llm, random_prompts([20]), greedy(2, **ASKING))
+    script = tmp_path / "pipeline.py"
+    script.write_text(PIPELINE)
+    arguments = [sys.executable, script, write_model(tmp_path), str(Path(__file__).parent)]
+    process = subprocess.run(arguments, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "refused: quest_token_budget cannot be served: pipeline parallelism" in process.stdout
+    assert "served: 1" in process.stdout
+    output = process.stdout + process.stderr
+    assert output.count("QUEST: all requests get the server's token budget") == 1
 
 
 SPECULATE = """

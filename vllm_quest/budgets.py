@@ -9,6 +9,7 @@ loads the class as `logits_processor.LogitsProcessor`.
 """
 
 import difflib
+import multiprocessing
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,6 +94,8 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
     @classmethod
     def note_engine(cls, vllm_config: "VllmConfig") -> None:
         """Remember an engine of this process that uses QUEST; warn if it cannot have budgets."""
+        if multiprocessing.current_process().name.startswith("EngineCore"):
+            return  # it checks its copy of the configuration anew; requests were checked before
         if reason := why_undelivered(vllm_config):
             cls._undelivered.append((weakref.ref(vllm_config), reason))
             logger.warning_once(

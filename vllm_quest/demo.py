@@ -27,7 +27,7 @@ START_LIMIT_S = 240
 TOKENS_PER_FACT = 128
 TOKENS_PER_ANSWER = 32
 SETTINGS = QuestConfig(dense_layers=0)
-"""The bundled model retrieves in its first layers, so dense ones would hide QUEST's work."""
+"""All layers of the bundled model are sparse, so that all of them show what QUEST does."""
 
 CLOSING = """
 With a model of your own:
