@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="LAYERS",
         help=f"layers at the front that attend in full (default: {defaults.dense_layers}; "
-        "for the bundled model none, since it retrieves in its first layers)",
+        "for the bundled model, where none is named, no layer)",
     )
     parser.add_argument(
         "--answer",
