@@ -1,6 +1,8 @@
 """The stages of QUEST in one layer, in the paper's order: write, score, select, attend."""
 
+import contextlib
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -175,6 +177,20 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         page_size = self.quest.page_size
         ops.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
         ops.select(scores, seq_lens, budgets, page_size, pages)
+
+    @classmethod
+    @contextlib.contextmanager
+    def choosing(cls, choose_pages: Callable[..., None]) -> Iterator[None]:
+        """Have another function in the place of `choose_pages`, in all layers of this process.
+
+        For those who watch the choice or compare it with others; CUDA graphs would not see it.
+        """
+        own = cls.choose_pages
+        cls.choose_pages = choose_pages  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            cls.choose_pages = own  # type: ignore[method-assign]
 
     def _is_dense(self, layer: Any) -> bool:
         """Whether the layer is one of the first `dense_layers`; its name has its number."""

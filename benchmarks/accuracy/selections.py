@@ -11,9 +11,8 @@ They take the place of `QuestImpl.choose_pages` within the harness; no user sett
 Both keep the newest page, as QUEST does, and count it in the budget.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from vllm_quest import kv_page, ops
 from vllm_quest.impl import QuestImpl
-
-_SEAM = "choose_pages"
 
 GATHERED_BYTES = 1 << 28
 """Room for the keys that the oracle looks at in one go."""
@@ -90,11 +87,6 @@ CHOICES: dict[str, Any] = {
 }
 
 
-@contextlib.contextmanager
-def choosing(method: str) -> Iterator[None]:
+def choosing(method: str) -> AbstractContextManager[None]:
     """Let a method choose the pages of every QUEST layer of this process."""
-    setattr(QuestImpl, _SEAM, CHOICES[method])
-    try:
-        yield
-    finally:
-        setattr(QuestImpl, _SEAM, CHOICES["quest"])
+    return QuestImpl.choosing(CHOICES[method])

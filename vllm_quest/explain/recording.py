@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ class Recorder:
                 step = _weigh(mass, pages[0, :, : int(budgets[0])], impl.num_kv_heads)
                 self._steps[number][seq_len - self.prompt_tokens - 1] = step
 
-        with mock.patch.object(QuestImpl, "choose_pages", choose_and_record):
+        with QuestImpl.choosing(choose_and_record):
             yield
 
     def records(self, num_steps: int) -> dict[int, LayerRecord]:
