@@ -134,7 +134,8 @@ def cuda_extension(home: Path) -> NativeExtension:
         *(str(home / "bin" / "nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
         *(*archs, ptx),
     )
-    units = [Unit(CSRC / "cuda" / f"{stage}.cu", "cuda", device) for stage in STAGES]
+    kernels = (*STAGES, "cluster_decode")
+    units = [Unit(CSRC / "cuda" / f"{kernel}.cu", "cuda", device) for kernel in kernels]
     units.append(Unit(CSRC / "cuda" / "bindings.cpp", "cuda", host))
     return NativeExtension(
         "vllm_quest._C_cuda",

@@ -121,6 +121,7 @@ class DecodeStep:
         self.scores = torch.empty(*rows_heads, case.pages, device=DEVICE)
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
+        self.uses_clusters = ops.has_clusters(DEVICE)
         last = case.context_tokens - 1
         self.slots = [
             layer.block_table[:, last // case.page_size].long() * case.page_size
@@ -164,7 +165,27 @@ class DecodeStep:
             self.workspace,
         )
 
+    def cluster_decode(self, i: int) -> None:
+        layer = self.layers[i]
+        ops.cluster_decode(
+            self.query,
+            layer.kv_cache,
+            layer.block_table,
+            self.seq_lens,
+            self.budgets,
+            self.scores,
+            self.pages,
+            self.case.page_size,
+            self.case.head_size**-0.5,
+            0.0,
+            self.out,
+            self.workspace,
+        )
+
     def all_stages(self, i: int) -> None:
+        if self.uses_clusters:
+            self.cluster_decode(i)
+            return
         self.score(i)
         self.select(i)
         self.sparse_decode(i)
@@ -296,6 +317,8 @@ def run(case: Case, copy: float, with_dense: bool) -> dict[str, Any]:
     select = time_us(step.select, len(layers))
     decode = time_us(step.sparse_decode, len(layers))
     total = time_us(step.all_stages, len(layers))
+    step.uses_clusters = False
+    three = time_us(step.all_stages, len(layers))
     limit = (case.score_bytes + case.select_bytes + case.decode_bytes) / copy
 
     row: dict[str, Any] = {
@@ -310,6 +333,7 @@ def run(case: Case, copy: float, with_dense: bool) -> dict[str, Any]:
         "decode µs": decode,
         "decode GB/s": case.decode_bytes / decode / 1000,
         "decode % copy": 100 * case.decode_bytes / decode / copy,
+        "three µs": three,
         "total µs": total,
         "limit µs": limit,
     }

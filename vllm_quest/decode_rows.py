@@ -58,6 +58,9 @@ class DecodeRows:
     pages: Tensor
     """[rows_per_pass, num_kv_heads, max_selected] int32 scratch."""
 
+    in_clusters: bool
+    """Whether the device does all stages in one launch, `ops.cluster_decode`."""
+
     workspace: Tensor | None
     """Scratch of `ops.sparse_decode`."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,31 +136,21 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         rows: DecodeRows,
         output: Tensor,  # [num_rows, num_heads, head_size]
     ) -> None:
-        page_size = self.quest.page_size
         is_dense = self._is_dense(layer)
+        budgets = rows.unlimited if is_dense else rows.budgets
+        chooses = rows.any_sparse and not is_dense
         for part in rows.passes():
-            table, seq_lens = rows.block_table[part], rows.seq_lens[part]
-            budgets = (rows.unlimited if is_dense else rows.budgets)[part]
-            num_rows = len(seq_lens)
-            scores, pages = rows.scores[:num_rows], rows.pages[:num_rows]
-            if rows.any_sparse and not is_dense:
-                self.choose_pages(
-                    layer, query[part], kv_cache, table, seq_lens, budgets, scores, pages
-                )
-            ops.sparse_decode(
-                query[part],
-                kv_cache,
-                table,
-                seq_lens,
-                budgets,
-                pages,
-                page_size,
-                self.scale,
-                self.soft_cap,
-                output[part],
-                rows.workspace,
-                rows.counters,
-            )
+            queries, seq_lens = query[part], rows.seq_lens[part]
+            scores, pages = rows.scores[: len(seq_lens)], rows.pages[: len(seq_lens)]
+            batch = (queries, kv_cache, rows.block_table[part], seq_lens, budgets[part])
+            scale, soft_cap, workspace = self.scale, self.soft_cap, rows.workspace
+            attention = (self.quest.page_size, scale, soft_cap, output[part], workspace)
+            if chooses and rows.in_clusters and self.chooses_itself:
+                ops.cluster_decode(*batch, scores, pages, *attention, rows.counters)
+                continue
+            if chooses:
+                self.choose_pages(layer, *batch, scores, pages)
+            ops.sparse_decode(*batch, pages, *attention, rows.counters)
 
     def choose_pages(
         self,
@@ -178,6 +168,9 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         ops.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
         ops.select(scores, seq_lens, budgets, page_size, pages)
 
+    chooses_itself: ClassVar[bool] = True
+    """Whether pages are chosen by QUEST, so that `ops.cluster_decode` may do it."""
+
     @classmethod
     @contextlib.contextmanager
     def choosing(cls, choose_pages: Callable[..., None]) -> Iterator[None]:
@@ -187,10 +180,12 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         """
         own = cls.choose_pages
         cls.choose_pages = choose_pages  # type: ignore[method-assign]
+        cls.chooses_itself = False
         try:
             yield
         finally:
             cls.choose_pages = own  # type: ignore[method-assign]
+            cls.chooses_itself = True
 
     def _is_dense(self, layer: Any) -> bool:
         """Whether the layer is one of the first `dense_layers`; its name has its number."""

@@ -155,6 +155,51 @@ def sparse_decode(
     )
 
 
+def cluster_decode(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    budgets: Tensor,
+    scores: Tensor,
+    pages: Tensor,
+    page_size: int,
+    scale: float,
+    soft_cap: float,
+    out: Tensor,
+    workspace: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> None:
+    """Score, select and attend in one launch, on a GPU with clusters of CTAs.
+
+    Arguments are those of `score` and `sparse_decode`. Chooses what `select` chooses; of `scores`
+    and `pages` no more is promised than that they are written.
+    """
+    torch.ops.vllm_quest.cluster_decode(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        budgets,
+        scores,
+        pages,
+        page_size,
+        scale,
+        soft_cap,
+        out,
+        workspace,
+        counters,
+    )
+
+
+def has_clusters(device: torch.device) -> bool:
+    """Whether `cluster_decode` runs on a device: GPUs from sm_90 on."""
+    if device.type == "cpu":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.ops.vllm_quest.has_clusters())
+
+
 def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:
     """Make what `sparse_decode` needs on a device to merge its partial results; None on the CPU.
 

@@ -168,20 +168,15 @@ int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
   return ctas + 2 * ctas * group_size * (head_size + 2);
 }
 
-void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                      const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
-                      int64_t page_size, double scale, double soft_cap, const Tensor& out,
-                      const std::optional<Tensor>& workspace,
-                      const std::optional<Tensor>& counters) {
-  const char* op = "sparse_decode";
-  const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                          budgets, pages, page_size, out);
-  int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
-  check_cache(op, kv_cache, sizes);
-  check_group(op, sizes);
-  check_aligned(op, {"query", query});
+// Where a launch of sparse_decode leaves its partial results.
+struct Workspace {
+  int32_t* arrivals;
+  float *partial_out, *partial_weight;
+};
+
+Workspace check_workspace(const char* op, const Tensor& kv_cache,
+                          const std::optional<Tensor>& workspace, const Sizes& sizes) {
   const int64_t group_size = sizes.num_heads / sizes.num_kv_heads;
-  const DeviceGuard guard(kv_cache.get_device_index());
   const int64_t needed = decode_workspace_size(group_size, sizes.head_size);
   QUEST_CHECK(workspace.has_value(), op, "shape", "a GPU needs a workspace of ", needed,
               " int32: make it with vllm_quest.ops.decode_workspace");
@@ -193,27 +188,85 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
               join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
   auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
   auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
-  auto* const partial_weight = partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
-  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
-    check_launch(op, sparse_decode({.cache = cache_of(kv_cache, sizes),
-                                    .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
-                                    .query = row_of(query, row),
-                                    .pages = int32s(pages, row),
-                                    .out = row_of(out, row),
-                                    .arrivals = arrivals,
-                                    .partial_out = partial_out,
-                                    .partial_weight = partial_weight,
-                                    .query_row_stride = query.stride(0),
-                                    .query_head_stride = query.stride(1),
-                                    .pages_row_stride = pages.stride(0),
-                                    .pages_head_stride = pages.stride(1),
-                                    .out_row_stride = out.stride(0),
-                                    .out_head_stride = out.stride(1),
-                                    .group_size = static_cast<int>(group_size),
-                                    .scale = static_cast<float>(scale),
-                                    .soft_cap = static_cast<float>(soft_cap),
-                                    .counters = counted},
-                                   current_stream(kv_cache)));
+  return {arrivals, partial_out,
+          partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size};
+}
+
+// The parameters of sparse_decode, but for the rows; checked.
+SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
+                                 const Tensor& block_table, const Tensor& seq_lens,
+                                 const Tensor& budgets, const Tensor& pages, int64_t page_size,
+                                 double scale, double soft_cap, const Tensor& out,
+                                 const std::optional<Tensor>& workspace,
+                                 const std::optional<Tensor>& counters) {
+  const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                          budgets, pages, page_size, out);
+  int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
+  check_cache(op, kv_cache, sizes);
+  check_group(op, sizes);
+  check_aligned(op, {"query", query});
+  const DeviceGuard guard(kv_cache.get_device_index());
+  const Workspace parts = check_workspace(op, kv_cache, workspace, sizes);
+  return {.cache = cache_of(kv_cache, sizes),
+          .arrivals = parts.arrivals,
+          .partial_out = parts.partial_out,
+          .partial_weight = parts.partial_weight,
+          .query_row_stride = query.stride(0),
+          .query_head_stride = query.stride(1),
+          .pages_row_stride = pages.stride(0),
+          .pages_head_stride = pages.stride(1),
+          .out_row_stride = out.stride(0),
+          .out_head_stride = out.stride(1),
+          .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
+          .scale = static_cast<float>(scale),
+          .soft_cap = static_cast<float>(soft_cap),
+          .counters = counted};
+}
+
+void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                      const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
+                      int64_t page_size, double scale, double soft_cap, const Tensor& out,
+                      const std::optional<Tensor>& workspace,
+                      const std::optional<Tensor>& counters) {
+  const char* op = "sparse_decode";
+  SparseDecodeParams params =
+      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
+                    soft_cap, out, workspace, counters);
+  const DeviceGuard guard(kv_cache.get_device_index());
+  for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
+    params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
+    params.query = row_of(query, row);
+    params.pages = int32s(pages, row);
+    params.out = row_of(out, row);
+    check_launch(op, sparse_decode(params, current_stream(kv_cache)));
+  });
+}
+
+void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                       const Tensor& seq_lens, const Tensor& budgets, const Tensor& scores,
+                       const Tensor& pages, int64_t page_size, double scale, double soft_cap,
+                       const Tensor& out, const std::optional<Tensor>& workspace,
+                       const std::optional<Tensor>& counters) {
+  const char* op = "cluster_decode";
+  check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets, page_size, scores);
+  SparseDecodeParams params =
+      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
+                    soft_cap, out, workspace, counters);
+  const DeviceGuard guard(kv_cache.get_device_index());
+  QUEST_CHECK(has_clusters(), op, "device", "only GPUs from sm_90 on have clusters of CTAs: use ",
+              "score, select and sparse_decode");
+  for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
+    params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
+    params.query = row_of(query, row);
+    params.pages = int32s(pages, row);
+    params.out = row_of(out, row);
+    check_launch(
+        op, cluster_decode({.decode = params,
+                            .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
+                            .pages = int32s(pages, row),
+                            .scores_row_stride = scores.stride(0),
+                            .scores_head_stride = scores.stride(1)},
+                           current_stream(kv_cache)));
   });
 }
 
@@ -223,6 +276,11 @@ std::string cuda_archs() { return QUEST_CUDA_ARCHS; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
   library.def("decode_workspace_size(int group_size, int head_size) -> int");
+  library.def(
+      "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor budgets, Tensor(a!) scores, Tensor(b!) pages, int page_size, float scale, "
+      "float soft_cap, Tensor(c!) out, Tensor(d!)? workspace=None, Tensor(e!)? counters=None) -> ()");
+  library.def("has_clusters() -> bool");
   library.def("cuda_archs() -> str");
 }
 
@@ -231,10 +289,12 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CUDA, library) {
   library.impl("score", TORCH_BOX(&score_op));
   library.impl("select", TORCH_BOX(&select_op));
   library.impl("sparse_decode", TORCH_BOX(&sparse_decode_op));
+  library.impl("cluster_decode", TORCH_BOX(&cluster_decode_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CompositeExplicitAutograd, library) {
   library.impl("decode_workspace_size", TORCH_BOX(&decode_workspace_size));
+  library.impl("has_clusters", TORCH_BOX(&has_clusters));
   library.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }
 

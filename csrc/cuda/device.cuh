@@ -93,6 +93,19 @@ struct Barrier {
 #endif
   }
 
+#if __CUDA_ARCH__ >= 900
+  // By one thread, once a phase: it is over when as many bytes have been copied.
+  __device__ __forceinline__ void expect(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes)
+                 : "memory");
+  }
+#else
+  // By all lanes, once a phase: it is over when all their copies are.
+  __device__ __forceinline__ void arrive_when_copied() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address()) : "memory");
+  }
+#endif
+
   // Wait until a phase is over; its parity alternates, from 0.
   __device__ __forceinline__ void wait(uint32_t parity) const {
     uint32_t is_over = 0;
@@ -128,39 +141,11 @@ __device__ __forceinline__ void copy_bulk(uint32_t to_shared, const void* from, 
       "l"(from), "r"(bytes), "r"(barrier.address()), "l"(evict_first())
       : "memory");
 }
-#endif
-
-// A warp copies kRows rows to shared memory in the background, kPitch bytes apart there; lane l
-// says where row l begins. A phase of the barrier is over when they have arrived.
-template <int kRows, int kRowBytes, int kPitch>
-__device__ __forceinline__ void copy_rows(unsigned char* to_shared, const void* from,
-                                          Barrier& barrier) {
-  static_assert(kRows <= kWarpSize && kRowBytes % sizeof(Vec) == 0 && kPitch % sizeof(Vec) == 0);
-  const int lane = threadIdx.x % kWarpSize;
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-#if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier.address()),
-                 "r"(kRows * kRowBytes)
-                 : "memory");
-  }
-  __syncwarp();
-  if (lane < kRows) copy_bulk(to + lane * kPitch, from, kRowBytes, barrier);
 #else
-  constexpr int kVecs = kRowBytes / sizeof(Vec);
-  static_assert(kRows * kVecs % kWarpSize == 0);
-#pragma unroll
-  for (int i = 0; i < kRows * kVecs / kWarpSize; ++i) {
-    const int row = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
-    const auto row_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), row);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + row * kPitch + vec * 16),
-                 "l"(row_from + vec * 16)
-                 : "memory");
-  }
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier.address())
-               : "memory");
-#endif
+__device__ __forceinline__ void copy_vec(uint32_t to_shared, uint64_t from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to_shared), "l"(from) : "memory");
 }
+#endif
 
 __device__ __forceinline__ void store(void* address, const Vec& v) {
   *reinterpret_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);

@@ -16,6 +16,12 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
+// Whether the current device has clusters of CTAs.
+bool has_clusters();
+
+// Instead of score, select and sparse_decode, where has_clusters().
+cudaError_t cluster_decode(const ClusterDecodeParams&, cudaStream_t stream);
+
 // CTAs for which sparse_decode's workspace must have room on the current device.
 int max_decode_ctas();
 

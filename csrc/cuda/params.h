@@ -82,4 +82,11 @@ struct SparseDecodeParams {
   int64_t* counters;  // [kNumCounters] added to, see ../counters.h; null for none
 };
 
+struct ClusterDecodeParams {
+  SparseDecodeParams decode;
+  float* scores;   // scratch: [num_rows, num_kv_heads, max_pages]
+  int32_t* pages;  // scratch: decode.pages
+  int64_t scores_row_stride, scores_head_stride;
+};
+
 }  // namespace quest::cuda

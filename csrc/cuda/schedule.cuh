@@ -9,14 +9,9 @@
 #include <cstdint>
 
 #include "device.cuh"
+#include "rows.cuh"
 
 namespace quest::cuda {
-
-__host__ __device__ constexpr int div_up(int n, int d) { return n / d + (n % d != 0); }
-
-__device__ __forceinline__ bool over_budget(int seq_len, int budget_pages, int page_size) {
-  return div_up(seq_len, page_size) > budget_pages;
-}
 
 // Consecutive chunks of one (row, KV head): numbers [0, count) there, [first, first + count) in
 // all.
@@ -30,7 +25,7 @@ class Schedule {
   // All threads of a CTA build the schedule together. `row_end` is shared memory of num_rows
   // entries; `chunks_of_row(row)` counts the chunks of one KV head.
   template <int kThreads, typename ChunksOfRow>
-  static __device__ Schedule build(int num_rows, int num_kv_heads, int* row_end,
+  static __device__ Schedule build(int num_ctas, int num_rows, int num_kv_heads, int* row_end,
                                    ChunksOfRow chunks_of_row) {
     static_assert(kThreads % kWarpSize == 0 && kThreads <= kWarpSize * kWarpSize);
     __shared__ int warp_sums[kThreads / kWarpSize];
@@ -63,7 +58,7 @@ class Schedule {
     int running = before_warp + up_to_lane - sum;
     for (int row = begin; row < end; ++row) row_end[row] = running += row_end[row];
     __syncthreads();
-    return Schedule(row_end, num_rows, num_kv_heads, total);
+    return Schedule(num_ctas, row_end, num_rows, num_kv_heads, total);
   }
 
   // CTA `cta` works on chunks [begin(cta), begin(cta + 1)).
@@ -97,11 +92,11 @@ class Schedule {
   }
 
  private:
-  __device__ Schedule(const int* row_end, int num_rows, int num_kv_heads, int total)
+  __device__ Schedule(int num_ctas, const int* row_end, int num_rows, int num_kv_heads, int total)
       : row_end_(row_end),
         num_rows_(num_rows),
         num_kv_heads_(num_kv_heads),
-        num_ctas_(min(static_cast<int>(gridDim.x), total)),
+        num_ctas_(min(num_ctas, total)),
         per_cta_(num_ctas_ == 0 ? 0 : total / num_ctas_),
         with_one_more_(num_ctas_ == 0 ? 0 : total % num_ctas_) {}
 

@@ -1,12 +1,10 @@
 // score: an upper bound of q·k for every page of the rows over their budget.
 //
-// With low = min(q, 0) and high = max(q, 0), a page's bound is low·minimum + high·maximum: a matrix
-// product of the pages' rows of bounds with [low | high], for the whole query group at once.
-//
 // Bytes: 4 * head_size per page and KV head, each read once. Nothing else counts.
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
+#include "score_pages.cuh"
 #include "tiles.cuh"
 
 namespace quest::cuda {
@@ -21,10 +19,10 @@ constexpr int kStages = 1;   // tiles in a warp's ring
 template <typename T, int kHeadSize, int kGroupTiles>
 class Score {
  public:
-  using Tile = quest::cuda::Tile<kHeadSize>;
-  static constexpr int kVecs = Tile::kVecs, kWarps = kRings<kHeadSize>;
+  using Tile = BoundsTile<kHeadSize>;
+  static constexpr int kVecs = kHeadSize / 32, kWarps = kRings<kHeadSize>;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kChunkPages = kWarps * kTileRows;  // of one (row, KV head)
+  static constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
 
   struct Shared {
     Barrier arrived[kWarps][kStages];
@@ -67,7 +65,7 @@ class Score {
         pages = num_pages(p_, segment.row);
         load_query(segment);
       }
-      const int first_page = (number - segment.first) * kChunkPages + warp_ * kTileRows;
+      const int first_page = (number - segment.first) * kChunkPages + warp_ * kTilePages;
       if (first_page < pages) {
         shared_.arrived[warp_][scored_.stage].wait(scored_.parity);
         score_tile(tile(scored_), segment, first_page, pages);
@@ -88,11 +86,11 @@ class Score {
     if (number >= end_) return;
     if (number == begin_ || number == next_.first + next_.count) next_ = schedule_.segment(number);
     const int pages = num_pages(p_, next_.row);
-    const int first_page = (number - next_.first) * kChunkPages + warp_ * kTileRows;
+    const int first_page = (number - next_.first) * kChunkPages + warp_ * kTilePages;
     has_next_ = first_page < pages;
     if (!has_next_) return;
     const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
-    const int page = min(first_page + lane_ % kTileRows, pages - 1);
+    const int page = min(first_page + lane_ % kTilePages, pages - 1);
     next_row_ = p_.cache.block_tokens + page % pages_per_block;
     next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
                             page / pages_per_block);
@@ -103,8 +101,7 @@ class Score {
     if (has_next_) {
       const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
                       next_.head * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
-      copy_rows<kTileRows, Tile::kRowBytes, Tile::kPitch>(tile(copied_), from,
-                                                          shared_.arrived[warp_][copied_.stage]);
+      copy_bounds<kHeadSize>(tile(copied_), from, shared_.arrived[warp_][copied_.stage]);
       copied_.advance(kStages);
     }
     look_up(number + 1);
@@ -119,64 +116,19 @@ class Score {
                        head * p_.query_head_stride;
 #pragma unroll
       for (int j = 0; j < kVecs; ++j) {
-        query_[tile][j] = load_once(query + Vec::kElements * Tile::vec(j, c_));
+        query_[tile][j] = load_once(query + Vec::kElements * vec_of<kHeadSize>(j, c_));
       }
     }
   }
 
   __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
                              int pages) const {
-    // Multiply: minima with low, maxima with high.
-    const unsigned char* rows = tile + r_ * Tile::kPitch;
-    float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
-#pragma unroll
-    for (int j = 0; j < kVecs; ++j) {
-      Vec bounds[2][2];  // of rows r and r + 8
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto* row = reinterpret_cast<const Vec*>(rows + half * 8 * Tile::kPitch);
-        bounds[half][0] = row[Tile::vec(j, c_)];
-        bounds[half][1] = row[kHeadSize / Vec::kElements + Tile::vec(j, c_)];
-      }
-#pragma unroll
-      for (int group = 0; group < kGroupTiles; ++group) {
-        const Vec& query = query_[group][j];
-#pragma unroll
-        for (int w = 0; w < 4; w += 2) {
-#pragma unroll
-          for (int bound = 0; bound < 2; ++bound) {
-            const MatrixA a = {{{bounds[0][bound].word[w], bounds[0][bound].word[w + 1]},
-                                {bounds[1][bound].word[w], bounds[1][bound].word[w + 1]}}};
-            const auto part = [&](uint32_t q) {
-              return bound == 0 ? min_pair<T>(q, 0) : max_pair<T>(q, 0);
-            };
-            Element<T>::mma(sum[group][bound], a, part(query.word[w]), part(query.word[w + 1]));
-          }
-        }
-      }
-    }
-
-    // Take the maximum over the query group: over a lane's two heads, tiles, then lanes.
-    float score[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      score[half] = -INFINITY;
-#pragma unroll
-      for (int group = 0; group < kGroupTiles; ++group) {
-#pragma unroll
-        for (int k = 2 * half; k < 2 * half + 2; ++k) {
-          score[half] = fmaxf(score[half], sum[group][0][k] + sum[group][1][k]);
-        }
-      }
-      score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 1));
-      score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 2));
-    }
-
-    // Write: lanes with c = 0 the tile's first 8 pages, with c = 1 the others.
+    const float2 scores = score_pages<T, kHeadSize, kGroupTiles>(tile, query_);
+    // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
     const int page = first_page + 8 * c_ + r_;
     if (c_ < 2 && page < pages) {
       p_.scores[segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride + page] =
-          c_ == 0 ? score[0] : score[1];
+          c_ == 0 ? scores.x : scores.y;
     }
   }
 
@@ -209,7 +161,7 @@ __global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads, kM
     shared.arrived[threadIdx.x / kStages][threadIdx.x % kStages].init();
   }
   const Schedule schedule = Schedule::build<Score::kThreads>(
-      p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
+      gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
         const int pages = Score::num_pages(p, row);
         return pages > p.rows.budgets[row] ? div_up(pages, Score::kChunkPages) : 0;
       });

@@ -1,4 +1,5 @@
-// Tiles: 16 rows of the cache that a warp has copied to shared memory, some ahead of their use.
+// Tiles: 16 tokens' keys and values that a warp has copied to shared memory, some ahead of their
+// use.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +8,68 @@
 
 namespace quest::cuda {
 
-constexpr int kTileRows = 16;
+constexpr int kTileTokens = 16;
+constexpr int kHalfTokens = kTileTokens / 2;  // page sizes are multiples of it
 
 // Warps of a CTA, with a ring of tiles each: as many as leave room for a tile each and the rest
 // where a CTA has 99 KB of shared memory (sm_86, sm_89, sm_120).
 template <int kHeadSize>
 constexpr int kRings = kHeadSize <= 128 ? 8 : 4;
 
+// Which 16 bytes of a key, or of a half of a page's bounds, lane 4 * r + c multiplies j-th. Two
+// words of them are an operand of a matrix product, which believes them to be other columns; the
+// query's are the same. In this order, neighbouring lanes read different places modulo 128 bytes.
+template <int kHeadSize>
+__device__ constexpr int vec_of(int j, int c) {
+  return (j | 1) < kHeadSize / 32 ? j / 2 * 8 + 2 * c + j % 2 : j * 4 + c;
+}
+
+// Four tokens, which lie one after another in the cache, are copied at once. The next four lie 32
+// bytes further on, modulo 128, so that lanes with different c read values of four groups at once.
 template <int kHeadSize>
 struct Tile {
-  static constexpr int kVecs = kHeadSize / 32;     // of a row's half that a lane multiplies
-  static constexpr int kRowBytes = 4 * kHeadSize;  // key and value, or minimum and maximum
-  static constexpr int kPitch = kRowBytes + 16;    // against bank conflicts
-  static constexpr int kBytes = kTileRows * kPitch;
+  static constexpr int kVecs = kHeadSize / 32;     // of a key that a lane multiplies
+  static constexpr int kRowBytes = 4 * kHeadSize;  // key and value
+  static constexpr int kGroupTokens = 4;
+  static constexpr int kGroupPitch = kGroupTokens * kRowBytes + 32;
+  static constexpr int kBytes = kTileTokens / kGroupTokens * kGroupPitch;
   static_assert(kHeadSize % 32 == 0);
 
-  // Which 16 bytes of a row's half lane 4 * r + c multiplies j-th. Two words of them are an operand
-  // of a matrix product, which believes them to be other columns; the query's are the same. In this
-  // order, eight neighbouring lanes read 8 different places modulo 128 bytes.
-  static __device__ constexpr int vec(int j, int c) {
-    return (j | 1) < kVecs ? j / 2 * 8 + 2 * c + j % 2 : j * 4 + c;
+  // To the matrix unit, the tokens of group g are rows 2g, 2g + 1, 2g + 8 and 2g + 9: with them a
+  // lane with c = g multiplies values. This is the token of row r, and 2 more that of row r + 8.
+  static __device__ constexpr int token_of_row(int r) { return r / 2 * kGroupTokens + r % 2; }
+
+  static __device__ constexpr int offset(int token) {
+    return token / kGroupTokens * kGroupPitch + token % kGroupTokens * kRowBytes;
   }
 };
+
+// A warp copies a tile in the background; lane l < 16 says where token l lies. `is_whole`: each
+// group's tokens lie one after another. A phase of the barrier is over when they have arrived.
+template <int kHeadSize>
+__device__ __forceinline__ void copy_tile_of(unsigned char* to_shared, const void* from,
+                                             bool is_whole, Barrier& barrier) {
+  using Tile = quest::cuda::Tile<kHeadSize>;
+  const int lane = threadIdx.x % kWarpSize;
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+#if __CUDA_ARCH__ >= 900
+  if (lane == 0) barrier.expect(kTileTokens * Tile::kRowBytes);
+  __syncwarp();
+  const int tokens = is_whole ? Tile::kGroupTokens : 1;
+  if (lane < kTileTokens && lane % tokens == 0) {
+    copy_bulk(to + Tile::offset(lane), from, tokens * Tile::kRowBytes, barrier);
+  }
+#else
+  constexpr int kVecs = Tile::kRowBytes / sizeof(Vec);
+#pragma unroll
+  for (int i = 0; i < kTileTokens * kVecs / kWarpSize; ++i) {
+    const int token = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
+    const auto token_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), token);
+    copy_vec(to + Tile::offset(token) + vec * sizeof(Vec), token_from + vec * sizeof(Vec));
+  }
+  barrier.arrive_when_copied();
+#endif
+}
 
 // A place in a warp's ring, and the parity of its barrier's phase.
 struct Place {

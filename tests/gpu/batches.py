@@ -104,6 +104,23 @@ class Batch:
         )
         return self.out
 
+    def cluster_decode(self) -> Tensor:
+        ops.cluster_decode(
+            self.query,
+            self.kv_cache,
+            self.block_table,
+            self.seq_lens,
+            self.budgets,
+            self.scores,
+            self.pages,
+            self.shape.page_size,
+            self.scale,
+            self.soft_cap,
+            self.out,
+            self.workspace,
+        )
+        return self.out
+
     def run(self, module=ops) -> Tensor:
         """All decode stages."""
         self.score(module)

@@ -67,6 +67,7 @@ class BatchPlanner:
         self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
         self.scores = torch.empty(scratch_shape, device=device)
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
+        self.in_clusters = ops.has_clusters(device)
         self.workspace = ops.decode_workspace(
             self.prefill_builder.num_heads_q // spec.num_kv_heads, spec.head_size, device
         )
@@ -96,6 +97,7 @@ class BatchPlanner:
             budgets=self.budgets[:num_rows],
             unlimited=self.unlimited[:num_rows],
             any_sparse=True,
+            in_clusters=self.in_clusters,
             scores=self.scores,
             pages=self.pages,
             workspace=self.workspace,

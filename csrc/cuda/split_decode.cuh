@@ -1,0 +1,359 @@
+// Attention of decode rows, each dealt to as many CTAs as its length asks for (split-KV).
+//
+// Positions count the attended tokens of a row: those of its selected pages, page after page, or of
+// its whole context. Only the last page can be partly filled. A warp attends to a tile of 16
+// positions at a time (attention.cuh).
+//
+// Each warp has a ring of tiles in shared memory: while it attends to one, the next are on their
+// way.
+//
+// A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs
+// (schedule.cuh). What a CTA's warps found for one (row, KV head) is merged in shared memory; where
+// several CTAs share it, each leaves its part in the workspace, and the last to arrive merges them,
+// in the CTAs' order.
+#pragma once
+
+#include "attention.cuh"
+#include "device.cuh"
+#include "rows.cuh"
+#include "schedule.cuh"
+#include "tiles.cuh"
+
+namespace quest::cuda {
+
+constexpr int kMaxStages = 3;        // tiles in a warp's ring
+constexpr int kSlabRow = kSlab + 4;  // in shared memory, against bank conflicts
+
+template <int kHead, int kGroupTiles>
+struct SplitSizes {
+  static constexpr int kHeadSize = kHead;
+  static constexpr int kWarps = kRings<kHeadSize>;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kChunkTokens = kWarps * kTileTokens;
+  static constexpr int kHeads = 8 * kGroupTiles;        // of a query group, padded
+  static constexpr int kVecs = Tile<kHeadSize>::kVecs;  // of a key that a lane needs
+  static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
+  static constexpr int kTileBytes = Tile<kHeadSize>::kBytes;
+};
+
+template <typename S, int kGroupTiles>
+struct SplitMemory {
+  GroupQuery<S::kHeadSize, kGroupTiles> query;
+  Barrier arrived[S::kWarps][kMaxStages];  // a warp's tiles
+
+  // What the warps found for one (row, KV head).
+  float warp_maximum[S::kWarps][S::kHeads], warp_sum[S::kWarps][S::kHeads];
+  float sum[S::kHeads];
+  alignas(16) float slab[S::kWarps][8][kSlabRow];  // a part of out^T
+  bool is_last;
+};
+
+template <typename T, int kHeadSize, int kGroupTiles>
+class SplitDecode {
+ public:
+  using S = SplitSizes<kHeadSize, kGroupTiles>;
+  using SharedMemory = SplitMemory<S, kGroupTiles>;
+  static constexpr int kChunkTokens = S::kChunkTokens, kSlabs = S::kSlabs, kThreads = S::kThreads;
+  static constexpr int kWarps = S::kWarps;
+
+  // `tiles`: [stages, kWarps] rings in shared memory.
+  __device__ SplitDecode(const SparseDecodeParams& p, SharedMemory& shared, unsigned char* tiles,
+                         int stages, const Schedule& schedule, int cta)
+      : p_(p),
+        shared_(shared),
+        tiles_(tiles),
+        stages_(stages),
+        schedule_(schedule),
+        cta_(cta),
+        begin_(schedule.begin(cta)),
+        end_(schedule.begin(cta + 1)),
+        planned_(begin_ - kPlannedTiles),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize),
+        r_(lane_ / 4),
+        c_(lane_ % 4),
+        warp_attention_(shared.query, p.scale, p.soft_cap) {}
+
+  // Attend to a CTA's share: chunks [begin, end).
+  __device__ void run() {
+    for (int number = begin_; number < min(end_, begin_ + stages_); ++number) copy_tile(number);
+
+    Segment segment;
+    int tokens = 0;
+    for (int number = begin_; number < end_; ++number) {
+      if (number == begin_ || number == segment.first + segment.count) {
+        segment = schedule_.segment(number);
+        tokens = num_tokens(p_, segment.row);
+        start(segment);
+      }
+      const int rest = remaining(tokens, number - segment.first);
+      if (rest > 0) {
+        shared_.arrived[warp_][attended_.stage].wait(attended_.parity);
+        warp_attention_.attend(tiles_ + (attended_.stage * kWarps + warp_) * S::kTileBytes, rest);
+        attended_.advance(stages_);
+        __syncwarp();  // before copies overwrite the tile
+      }
+      if (number + stages_ < end_) copy_tile(number + stages_);
+      if (number + 1 == end_ || number + 1 == segment.first + segment.count) finish(segment);
+    }
+  }
+
+  // Tokens that a row attends to.
+  static __device__ int num_tokens(const SparseDecodeParams& p, int row) {
+    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+    const int pages = div_up(seq_len, p.cache.page_size);
+    const int unselected = max(0, pages - budget);  // the newest, perhaps partial, is selected
+    return seq_len - unselected * p.cache.page_size;
+  }
+
+  // What a kernel does with the shared memory it has, [SharedMemory, tiles [stages, kWarps],
+  // row_end [num_rows]]: CTA `cta` of `num_ctas` attends to its share of the rows that `is_ours`
+  // accepts.
+  template <typename IsOurs>
+  static __device__ void attend(const SparseDecodeParams& p, unsigned char* shared_memory,
+                                int stages, int cta, int num_ctas, IsOurs is_ours) {
+    auto& shared = *reinterpret_cast<SharedMemory*>(shared_memory);
+    unsigned char* tiles = shared_memory + sizeof(shared);
+    int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * S::kTileBytes);
+    if (threadIdx.x < kWarps * stages) {
+      shared.arrived[threadIdx.x / stages][threadIdx.x % stages].init();
+    }
+    const Schedule schedule = Schedule::build<kThreads>(
+        num_ctas, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
+          return is_ours(row) ? max(1, div_up(num_tokens(p, row), S::kChunkTokens)) : 0;
+        });
+    wait_for_previous_kernel();
+    release_next_kernel();
+    if (p.counters != nullptr && threadIdx.x == 0) {
+      for (int row = cta; row < p.rows.num_rows; row += num_ctas) {
+        if (is_ours(row)) {
+          count_row(p.counters, p.cache, p.rows.seq_lens[row], p.rows.budgets[row]);
+        }
+      }
+    }
+    if (schedule.begin(cta) < schedule.begin(cta + 1)) {
+      SplitDecode(p, shared, tiles, stages, schedule, cta).run();
+    }
+  }
+
+  static constexpr int shared_bytes(int stages, int num_rows) {
+    return sizeof(SharedMemory) + stages * kWarps * S::kTileBytes + num_rows * sizeof(int);
+  }
+
+ private:
+  static constexpr int kRowSize = 2 * kHeadSize;
+  static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane looks up one half of a tile
+
+  // Positions from the start of this warp's tile to the row's end, in a (row, KV head)'s chunk.
+  __device__ int remaining(int tokens, int chunk) const {
+    return tokens - chunk * kChunkTokens - warp_ * kTileTokens;
+  }
+
+  // Look up where this warp's next tiles lie: lane l the half l % 2 of the tile in chunk
+  // `first` + l / 2.
+  __device__ void plan(int first) {
+    planned_ = first;
+    planned_rest_ = 0;
+    const int number = first + lane_ / 2, half = lane_ % 2;
+    if (number >= end_) return;
+    const Segment segment = schedule_.segment(number);
+    const int row = segment.row, head = segment.head, page_size = p_.cache.page_size;
+    const int tokens = num_tokens(p_, row);
+    planned_rest_ = remaining(tokens, number - segment.first);
+    if (planned_rest_ <= half * kHalfTokens) return;
+    const int position = tokens - planned_rest_ + half * kHalfTokens;
+    int page = position / page_size;
+    if (over_budget(p_.rows.seq_lens[row], p_.rows.budgets[row], page_size)) {
+      page = load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride + page);
+    }
+    const int token = page * page_size + position % page_size;
+    const int block = load_once(p_.rows.block_table + row * p_.rows.block_table_stride +
+                                token / p_.cache.block_tokens);
+    planned_start_ = block * p_.cache.block_stride + head * p_.cache.head_stride +
+                     token % p_.cache.block_tokens * kRowSize;
+  }
+
+  // Have this warp's tile of a chunk copied. Lane 8 * half + token has a position; past the row's
+  // end it takes one before it, whose logit is masked.
+  __device__ void copy_tile(int number) {
+    if (number == planned_ + kPlannedTiles) plan(number);
+    const int lane = 2 * (number - planned_);
+    const int rest = __shfl_sync(kAllLanes, planned_rest_, lane);
+    if (rest <= 0) return;
+    const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
+    const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
+    const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
+    copy_tile_of<kHeadSize>(tiles_ + (copied_.stage * kWarps + warp_) * S::kTileBytes,
+                            static_cast<const T*>(p_.cache.data) + start + token * kRowSize,
+                            rest >= kTileTokens, shared_.arrived[warp_][copied_.stage]);
+    copied_.advance(stages_);
+  }
+
+  // Begin with a (row, KV head): its query, and nothing attended to.
+  __device__ void start(const Segment& segment) {
+    GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query(
+        static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
+            segment.head * p_.group_size * p_.query_head_stride,
+        p_.query_head_stride, p_.group_size);
+    query.store(shared_.query);
+    warp_attention_.reset();
+    __syncthreads();
+  }
+
+  // Merge what the warps found for a (row, KV head): write it, if this is all of it, or leave it.
+  __device__ void finish(const Segment& segment) {
+    const int cta = cta_;
+    const int first_cta = schedule_.owner(segment.first);
+    const int last_cta = schedule_.owner(segment.first + segment.count - 1);
+    const bool is_whole = first_cta == last_cta;
+
+    // Exchange maxima and sums.
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float sum = warp_attention_.sum_of_weights(tile, k);
+        if (r_ == 0) {
+          shared_.warp_maximum[warp_][tile * 8 + 2 * c_ + k] = warp_attention_.maximum(tile, k);
+          shared_.warp_sum[warp_][tile * 8 + 2 * c_ + k] = sum;
+        }
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < p_.group_size) {
+      const float2 weight = merge_warp_sums(threadIdx.x);
+      shared_.sum[threadIdx.x] = weight.y;
+      if (!is_whole) {
+        const int64_t row = part(cta, cta == first_cta) * p_.group_size + threadIdx.x;
+        reinterpret_cast<float2*>(p_.partial_weight)[row] = weight;
+      }
+    }
+    float factor[kGroupTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float maximum = maximum_of_warps(tile * 8 + 2 * c_ + k);
+        factor[tile][k] = rescale(warp_attention_.maximum(tile, k), maximum);
+      }
+    }
+
+    // Add up the weighted values, slab by slab.
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+      const int num_heads = min(8, p_.group_size - 8 * tile);
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (2 * c_ + k >= num_heads) continue;
+          warp_attention_.write_values(tile, slab, k, factor[tile][k],
+                                       &shared_.slab[warp_][2 * c_ + k][8 * r_]);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < num_heads * kSlab; i += kThreads) {
+          const int head = tile * 8 + i / kSlab, dim = slab * kSlab + i % kSlab;
+          if (kHeadSize % kSlab != 0 && dim >= kHeadSize) continue;
+          float x = 0.0f;
+#pragma unroll
+          for (int warp = 0; warp < kWarps; ++warp) x += shared_.slab[warp][i / kSlab][i % kSlab];
+          if (is_whole) {
+            write_out(segment, head, dim, x, shared_.sum[head]);
+          } else {
+            const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
+            p_.partial_out[row * kHeadSize + dim] = x;
+          }
+        }
+        __syncthreads();
+      }
+    }
+    if (!is_whole) arrive(segment, first_cta, last_cta);
+  }
+
+  // Which of the partial results a CTA leaves: its share can begin in one (row, KV head) and end in
+  // another.
+  static __device__ int64_t part(int cta, bool starts_here) { return 2 * cta + starts_here; }
+
+  __device__ float maximum_of_warps(int head) const {
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      maximum = fmaxf(maximum, shared_.warp_maximum[warp][head]);
+    }
+    return maximum;
+  }
+
+  // Maximum and sum of a query head's weights over all warps.
+  __device__ float2 merge_warp_sums(int head) const {
+    const float maximum = maximum_of_warps(head);
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sum += shared_.warp_sum[warp][head] * rescale(shared_.warp_maximum[warp][head], maximum);
+    }
+    return make_float2(maximum, sum);
+  }
+
+  // Say that this CTA has left its part; the last one merges all.
+  __device__ void arrive(const Segment& segment, int first_cta, int last_cta) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      shared_.is_last = atomicAdd(&p_.arrivals[first_cta], 1) == last_cta - first_cta;
+    }
+    __syncthreads();
+    if (!shared_.is_last) return;
+    __threadfence();
+
+    constexpr int kLoad = 4;
+    for (int i = kLoad * threadIdx.x; i < p_.group_size * kHeadSize; i += kLoad * kThreads) {
+      const int head = i / kHeadSize, dim = i % kHeadSize;
+      float maximum = -INFINITY, sum = 0.0f, out[kLoad] = {};
+#pragma unroll 8
+      for (int cta = first_cta; cta <= last_cta; ++cta) {
+        const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
+        const float2 weight = load_once(reinterpret_cast<const float2*>(p_.partial_weight) + row);
+        const float4 values =
+            load_once(reinterpret_cast<const float4*>(p_.partial_out + row * kHeadSize + dim));
+        const float new_maximum = fmaxf(maximum, weight.x);
+        const float old_factor = rescale(maximum, new_maximum);
+        const float factor = rescale(weight.x, new_maximum);
+        maximum = new_maximum;
+        sum = sum * old_factor + weight.y * factor;
+        out[0] = out[0] * old_factor + values.x * factor;
+        out[1] = out[1] * old_factor + values.y * factor;
+        out[2] = out[2] * old_factor + values.z * factor;
+        out[3] = out[3] * old_factor + values.w * factor;
+      }
+#pragma unroll
+      for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], sum);
+    }
+    if (threadIdx.x == 0) p_.arrivals[first_cta] = 0;
+  }
+
+  // A row without tokens has no weights: its output is 0.
+  __device__ void write_out(const Segment& segment, int head, int dim, float x, float sum) const {
+    T* out = static_cast<T*>(p_.out) + segment.row * p_.out_row_stride +
+             (segment.head * p_.group_size + head) * p_.out_head_stride + dim;
+    *out = Element<T>::from_float(sum == 0.0f ? 0.0f : x / sum);
+  }
+
+  const SparseDecodeParams& p_;
+  SharedMemory& shared_;
+  unsigned char* const tiles_;
+  const int stages_;
+  const Schedule& schedule_;
+  const int cta_;  // its number among those that share the work
+  const int begin_, end_;
+
+  Place copied_, attended_;    // the next tiles of this warp
+  int planned_;                // chunk of the first planned tile
+  int planned_rest_ = 0;       // positions from the start of this lane's planned tile
+  int64_t planned_start_ = 0;  // of its half in the cache, in elements
+
+  const int lane_, warp_, r_, c_;
+
+  WarpAttention<T, kHeadSize, kGroupTiles> warp_attention_;
+};
+
+}  // namespace quest::cuda

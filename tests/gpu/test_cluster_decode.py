@@ -1,0 +1,148 @@
+"""cluster_decode does what score, select and sparse_decode do one after another."""
+
+import pytest
+import torch
+
+from gpu.batches import UNTOUCHED, Batch, Shape, make_batch
+from gpu.test_cuda_ops import (
+    CPU,
+    DEVICE,
+    all_shapes,
+    is_close,
+    lengths_around,
+    same_bits,
+)
+from gpu.test_cuda_ops import (
+    pytestmark as needs_a_gpu,
+)
+from vllm_quest import ops, reference
+
+pytestmark = [
+    *needs_a_gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+        reason="clusters of CTAs begin with sm_90",
+    ),
+]
+
+
+def decodes_alike(batch: Batch) -> bool:
+    """Whether outputs are the reference's for the pages that `select` chooses."""
+    batch.score()
+    batch.select()
+    expected = batch.to(CPU)
+    batch.pages.fill_(UNTOUCHED)
+    batch.scores.fill_(torch.nan)
+    batch.cluster_decode()
+    expected.sparse_decode(reference)
+    assert (batch.out[batch.seq_lens == 0] == 0).all()
+    return is_close(batch, expected)
+
+
+@all_shapes
+def test_small_batches(shape: Shape) -> None:
+    assert decodes_alike(make_batch(shape, lengths_around(shape.page_size, 4), 4, DEVICE))
+
+
+@all_shapes
+def test_dense_rows(shape: Shape) -> None:
+    lengths = lengths_around(shape.page_size, 4)
+    assert decodes_alike(make_batch(shape, lengths, ops.UNLIMITED_PAGES, DEVICE))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 33])
+def test_clusters_of_every_size(rows: int) -> None:
+    lengths = [1000 + 977 * row % 3000 for row in range(rows)]
+    assert decodes_alike(make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE))
+
+
+def test_one_long_row() -> None:
+    assert decodes_alike(make_batch(Shape(num_kv_heads=8), [131072], 128, DEVICE))
+
+
+def test_a_million_tokens() -> None:
+    batch = make_batch(Shape(num_kv_heads=1, head_size=64), [1 << 20, 50], 128, DEVICE)
+    assert decodes_alike(batch)
+
+
+def test_rows_have_budgets_of_their_own() -> None:
+    budgets = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
+    assert decodes_alike(make_batch(Shape(), [1600] * 8, budgets, DEVICE))
+
+
+def test_long_dense_rows_beside_others() -> None:
+    budgets = [ops.UNLIMITED_PAGES] + [4] * 20 + [ops.UNLIMITED_PAGES] * 10
+    lengths = [9000] + [100] * 20 + [8192, 8193, 0, 1, 12000, 50, 60, 70, 80, 90]
+    assert decodes_alike(make_batch(Shape(), lengths, budgets, DEVICE))
+
+
+def test_equal_scores_go_to_lower_pages() -> None:
+    batch = make_batch(Shape(num_kv_heads=8), [20000, 700, 9000], 77, DEVICE)
+    batch.query[:2] = 0
+    assert decodes_alike(batch)
+
+
+def test_many_equal_scores_beside_a_far_one() -> None:
+    batch = make_batch(Shape(num_kv_heads=8), [20000, 9000], 77, DEVICE)
+    bounds = batch.kv_cache[:, :, batch.shape.block_tokens :]
+    for row in range(2):
+        blocks = batch.block_table[row, : 9000 // 16].long()
+        bounds[blocks] = bounds[blocks[:1]]
+        bounds[blocks[17]] = -1e30 if row else 1e30
+    assert decodes_alike(batch)
+
+
+def test_soft_cap() -> None:
+    assert decodes_alike(make_batch(Shape(), [5, 700, 1], 8, DEVICE, soft_cap=3.0))
+
+
+def test_strided_query_and_output() -> None:
+    batch = make_batch(Shape(), [50, 700], 8, DEVICE)
+    wide = torch.zeros(2, 3, *batch.query.shape[1:], dtype=batch.query.dtype, device=DEVICE)
+    wide[:, 1] = batch.query
+    batch.query = wide[:, 1]
+    batch.out = torch.full_like(wide, torch.nan)[:, 2]
+    assert decodes_alike(batch)
+
+
+def test_a_thousand_rows() -> None:
+    lengths = [1 + 37 * row % 300 for row in range(1024)]
+    assert decodes_alike(make_batch(Shape(head_size=64), lengths, 8, DEVICE))
+
+
+def test_results_are_repeatable_bit_for_bit() -> None:
+    batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
+    first = batch.cluster_decode().clone()
+    for _ in range(20):
+        batch.out.fill_(torch.nan)
+        assert same_bits(batch.cluster_decode(), first)
+
+
+def test_a_captured_graph_serves_other_lengths() -> None:
+    shape = Shape(num_kv_heads=4)
+    captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
+    captured.seq_lens.fill_(1)
+    captured.cluster_decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.cluster_decode()
+    for seed, lengths in enumerate([[5000, 3, 640, 0], [641, 8192, 0, 1], [0, 0, 0, 0]]):
+        batch = make_batch(shape, lengths, 40, DEVICE, max_tokens=8192, seed=seed)
+        captured.kv_cache[: len(batch.kv_cache)] = batch.kv_cache
+        for name in ("query", "block_table", "seq_lens"):
+            getattr(captured, name).copy_(getattr(batch, name))
+        captured.out.fill_(torch.nan)
+        graph.replay()
+        assert same_bits(captured.out, batch.cluster_decode())
+
+
+def test_budgets_longer_than_shared_memory_lists() -> None:
+    shape = Shape(num_kv_heads=4)
+    lengths = [20_000] + [50] * 40  # so many rows that each has a CTA alone
+    assert decodes_alike(make_batch(shape, lengths, 1030, DEVICE))
+
+
+def test_small_clusters() -> None:
+    """For compute-sanitizer: selection and attention by clusters of several CTAs, little data."""
+    assert decodes_alike(make_batch(Shape(), [700, 5, 0, 900], 4, DEVICE))
+    assert decodes_alike(make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE))
