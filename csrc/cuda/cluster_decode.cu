@@ -1,10 +1,9 @@
 // cluster_decode: score, select and sparse_decode in one launch, a cluster of CTAs for each
 // (row, KV head).
 //
-// Each CTA scores its share of the pages. Then every CTA selects for itself, with all scores: that
-// takes less time than to select together, which waits for the others again and again. Each attends
-// to its share of the chosen pages, as many as the others, and the results are merged over the
-// cluster's shared memory.
+// Each CTA scores its share of the pages. The cluster selects together: each CTA counts its own
+// pages, and reads the others' counts. What was chosen is shared out anew, so that each CTA attends
+// to as many pages, and their results are merged over shared memory.
 //
 // A long row that fits its budget would keep its cluster busy for long. Further CTAs, which have
 // nothing else to do, share such rows (split_decode.cuh).
@@ -29,7 +28,7 @@ namespace {
 template <int kHeadSize, int kGroupTiles>
 constexpr int kResident = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
 
-constexpr int kListed = 1024;  // pages that a CTA attends to, listed in shared memory
+constexpr int kListed = 512;  // pages that a CTA attends to, listed in shared memory
 
 template <int kHeadSize, int kGroupTiles>
 struct ClusterMemory {
@@ -66,7 +65,6 @@ class ClusterDecode {
         tiles_(shared_memory + sizeof(Memory)),
         tile_(tiles_ + threadIdx.x / kWarpSize * kTileBytes),
         keys_(reinterpret_cast<uint32_t*>(shared_memory + kFixedBytes)),
-        room_(room),
         merged_(reinterpret_cast<float*>(shared_memory + kFixedBytes - kMergedBytes)),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
@@ -81,21 +79,18 @@ class ClusterDecode {
         num_pages_(div_up(seq_len_, p_.cache.page_size)),
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
         scores_(params.scores + row_ * params.scores_row_stride +
-                head_ * params.scores_head_stride) {
-    // Where shared memory has no room for the list, a part of the row's in device memory is used.
-    const bool is_short = div_up(budget_, ctas()) <= kListed;
-    list_ = is_short ? shared_.list
-                     : params.pages + row_ * p_.pages_row_stride + head_ * p_.pages_head_stride +
-                           rank_ * (budget_ / ctas()) + min(rank_, budget_ % ctas());
-  }
+                head_ * params.scores_head_stride),
+        pages_(params.pages + row_ * p_.pages_row_stride + head_ * p_.pages_head_stride),
+        selection_(shared_.selection, scores_, num_competing(), keys_, room, log2_ctas, rank_) {}
 
   __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
 
   // Before other kernels have finished: what depends on none of them.
   __device__ void prepare() {
     if (lane_ == 0) shared_.arrived[warp_].init();
+    selection_.clear(shared_.selection);
     cluster_arrive();
-    if (is_sparse()) look_up(first_tile_page());
+    if (is_sparse()) look_up(first_slot());
   }
 
   __device__ void run() {
@@ -106,15 +101,17 @@ class ClusterDecode {
         static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
             head_ * p_.group_size * p_.query_head_stride,
         p_.query_head_stride, p_.group_size);
-    if (is_sparse()) fetch_bounds(first_tile_page());
+    if (is_sparse()) fetch_bounds(first_slot());
     query.store(shared_.query);
     __syncthreads();
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
-      score();
+      if (budget_ > 1) {
+        score();
+        select();
+      }
+      if (rank_ == 0 && threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
       cluster_sync();
-      select();
-      __syncthreads();
     }
     attend();
   }
@@ -125,29 +122,30 @@ class ClusterDecode {
   __device__ int ctas() const { return 1 << log2_ctas_; }
 
   // The newest page is kept whatever its score; those before it compete.
-  __device__ int num_competing() const { return num_pages_ - 1; }
+  __device__ int num_competing() const { return max(0, num_pages_ - 1); }
 
-  // Tiles of 16 pages are dealt to the CTAs in turn.
-  __device__ int first_tile_page() const { return ((warp_ << log2_ctas_) + rank_) * kTilePages; }
-  __device__ int tile_step() const { return (kWarps << log2_ctas_) * kTilePages; }
+  // As selection_ has them dealt to the CTAs. Each warp has every kWarps-th tile of its CTA's.
+  static constexpr int kSlotStep = kWarps * kTilePages;
+  static_assert(kTilePages == kPageTile);
+  __device__ int first_slot() const { return warp_ * kTilePages; }
 
   // Look up where the bounds of a tile lie, a lane one page's; beyond the last, again the last's.
-  __device__ void look_up(int first_page) {
-    if (first_page >= num_competing()) return;
+  __device__ void look_up(int slot) {
+    if (slot >= selection_.num_slots()) return;
     const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
-    const int page = min(first_page + lane_ % kTilePages, num_competing() - 1);
+    const int page = min(selection_.page_of_slot(slot) + lane_ % kTilePages, num_competing() - 1);
     const int block = pages_per_block == 1 ? page : page / pages_per_block;
     next_row_ = p_.cache.block_tokens + page - block * pages_per_block;
     next_block_ = load_once(table_ + block);
   }
 
   // Have them copied, and look up this warp's next ones.
-  __device__ void fetch_bounds(int first_page) {
-    if (first_page >= num_competing()) return;
+  __device__ void fetch_bounds(int slot) {
+    if (slot >= selection_.num_slots()) return;
     const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
                     head_ * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
     copy_bounds<kHeadSize>(tile_, from, shared_.arrived[warp_]);
-    look_up(first_page + tile_step());
+    look_up(slot + kSlotStep);
   }
 
   // Score this CTA's pages.
@@ -163,14 +161,18 @@ class ClusterDecode {
       }
     }
 #pragma unroll 1
-    for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
+    for (int first = first_slot(); first < selection_.num_slots(); first += kSlotStep) {
       wait_for_tile();
       const float2 scores = score_pages<T, kHeadSize, kGroupTiles>(tile_, query);
       __syncwarp();  // before copies overwrite the tile
-      fetch_bounds(first + tile_step());
-      // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
-      const int page = first + 8 * c_ + r_;
-      if (c_ < 2 && page < num_competing()) scores_[page] = c_ == 0 ? scores.x : scores.y;
+      fetch_bounds(first + kSlotStep);
+      // Lanes with c = 0 have the tile's first 8 pages, with c = 1 the others.
+      const int slot = first + 8 * c_ + r_;
+      if (c_ < 2 && slot < selection_.num_slots()) {
+        const float score = c_ == 0 ? scores.x : scores.y;
+        selection_.add(slot, score);
+        if (!selection_.are_kept()) scores_[selection_.page_of_slot(slot)] = score;
+      }
     }
   }
 
@@ -180,15 +182,28 @@ class ClusterDecode {
     parity_ ^= 1;
   }
 
-  // Choose pages, and list those that this CTA attends to.
+  // Choose pages, and list each with the CTA that attends to it.
   __device__ void select() {
-    const auto list = [&](int i, int page) {
-      if ((i & (ctas() - 1)) == rank_) list_[i >> log2_ctas_] = page;
-    };
-    if (threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
-    if (budget_ == 1) return;
-    Selection<kThreads> selection(shared_.selection, scores_, num_competing(), keys_, room_);
-    selection.for_each_chosen(selection.narrow(budget_ - 1), list);
+    selection_.all_added();
+    const Undecided range = selection_.narrow(budget_ - 1);
+    selection_.for_each_chosen(range, [&](int i, int page) { list(i, page); });
+  }
+
+  __device__ void list(int i, int page) {
+    const int cta = i & (ctas() - 1);
+    int32_t* const to = is_listed_here() ? of_cta(shared_.list, cta) : list_of(cta);
+    to[i >> log2_ctas_] = page;
+  }
+
+  __device__ int listed(int i) const {
+    return is_listed_here() ? shared_.list[i] : load_once(list_of(rank_) + i);
+  }
+
+  // Where shared memory has no room for the lists, they are in device memory.
+  __device__ bool is_listed_here() const { return div_up(budget_, ctas()) <= kListed; }
+
+  __device__ int32_t* list_of(int cta) const {
+    return pages_ + cta * (budget_ / ctas()) + min(cta, budget_ % ctas());
   }
 
   // This CTA attends to pages rank, rank + ctas, ... of those chosen, or of all. Positions count
@@ -221,7 +236,7 @@ class ClusterDecode {
     const int position = (first_tile + lane_ / 2 * kWarps) * kTileTokens + lane_ % 2 * kHalfTokens;
     if (position >= tokens_) return;
     const int page_size = p_.cache.page_size, ours = position / page_size;
-    const int page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
+    const int page = is_sparse() ? listed(ours) : (ours << log2_ctas_) + rank_;
     const int token = page * page_size + position - ours * page_size;
     const int block = load_once(table_ + token / p_.cache.block_tokens);
     planned_start_ = block * p_.cache.block_stride + head_ * p_.cache.head_stride +
@@ -322,7 +337,6 @@ class ClusterDecode {
   unsigned char* const tiles_;
   unsigned char* const tile_;  // this warp's
   uint32_t* const keys_;
-  const int room_;
   float* const merged_;  // [CTAs, a share of the elements]
   const int lane_, warp_, r_, c_;
 
@@ -331,13 +345,15 @@ class ClusterDecode {
   const int seq_len_, budget_, num_pages_;
   const int32_t* const table_;
   float* const scores_;
+  int32_t* const pages_;
 
-  int32_t* list_;                      // of pages that this CTA attends to
+  Selection<kThreads> selection_;
+
   int next_block_ = 0, next_row_ = 0;  // where this lane's next page's bounds lie
   uint32_t parity_ = 0;                // of the tile's next phase
-  int tokens_ = 0;             // that this CTA attends to
-  int planned_ = -1;           // the first planned tile
-  int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
+  int tokens_ = 0;                     // that this CTA attends to
+  int planned_ = -1;                   // the first planned tile
+  int64_t planned_start_ = 0;          // of this lane's planned half in the cache, in elements
 };
 
 template <typename T, int kHeadSize, int kGroupTiles>
