@@ -225,6 +225,7 @@ def test_scores_of_any_size_are_ordered() -> None:
     assert selected_alike(scores, [700, 699, 698], [64, 128, 400])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("num_pages", [8192, 8193, 12000, 16385, 16386, 65536])
 def test_long_contexts(num_pages: int) -> None:
     scores = random_scores(2, 1, num_pages)
@@ -232,6 +233,7 @@ def test_long_contexts(num_pages: int) -> None:
     assert selected_alike(scores, [num_pages, num_pages - 1], [128, 1024])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("num_pages", [600, 5000])
 def test_more_pairs_than_multiprocessors_hold(num_pages: int) -> None:
     scores = random_scores(70, 4, num_pages).round(decimals=1)
@@ -318,16 +320,19 @@ def test_strided_query_and_output() -> None:
     assert attends_alike(batch)
 
 
+@pytest.mark.large
 def test_one_long_dense_row_beside_short_ones() -> None:
     budgets = [ops.UNLIMITED_PAGES] + [4] * 30
     assert attends_alike(make_batch(Shape(), [9000] + [100] * 30, budgets, DEVICE))
 
 
+@pytest.mark.large
 def test_a_thousand_rows() -> None:
     lengths = [1 + 37 * row % 300 for row in range(1024)]
     assert attends_alike(make_batch(Shape(head_size=64), lengths, 8, DEVICE))
 
 
+@pytest.mark.large
 def test_more_rows_than_a_launch_takes() -> None:
     lengths = [row % 40 for row in range(2100)]
     assert attends_alike(make_batch(Shape(head_size=64, num_kv_heads=1), lengths, 1, DEVICE))
@@ -340,6 +345,7 @@ def test_covering_budget_equals_dense_bit_for_bit() -> None:
     assert same_bits(covered.run(), dense.run())
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("page_size", [8, 16, 48])
 def test_long_contexts_attend_alike(page_size: int) -> None:
     shape = Shape(num_kv_heads=2, page_size=page_size)
@@ -347,6 +353,7 @@ def test_long_contexts_attend_alike(page_size: int) -> None:
     assert attends_alike(make_batch(shape, lengths, [128, 600, 1, 33], DEVICE))
 
 
+@pytest.mark.large
 def test_many_pairs_attend_alike() -> None:
     shape = Shape(num_kv_heads=8, group_size=1)
     lengths = [1 + 53 * row % 2000 for row in range(40)]
@@ -357,6 +364,7 @@ def test_many_pairs_attend_alike() -> None:
 # --- all stages ---------------------------------------------------------------------------------
 
 
+@pytest.mark.large
 def test_results_are_repeatable_bit_for_bit() -> None:
     batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
     first = batch.run().clone()
@@ -365,6 +373,7 @@ def test_results_are_repeatable_bit_for_bit() -> None:
         assert same_bits(batch.run(), first)
 
 
+@pytest.mark.large
 def test_a_captured_graph_serves_other_lengths() -> None:
     shape = Shape(num_kv_heads=4)
     captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
