@@ -1,7 +1,7 @@
 """The CUDA operators compute what `vllm_quest/reference.py` says, at any shape, at any time.
 
-pytest tests/gpu                                    all of it, on a machine with a GPU
-compute-sanitizer pytest --noconftest tests/gpu -k small
+pytest tests/gpu    all of it, on a machine with a GPU
+make sanitize       all but the tests marked large, under compute-sanitizer's three tools
 """
 
 import pytest
@@ -225,7 +225,6 @@ def test_scores_of_any_size_are_ordered() -> None:
     assert selected_alike(scores, [700, 699, 698], [64, 128, 400])
 
 
-@pytest.mark.large
 @pytest.mark.parametrize("num_pages", [8192, 8193, 12000, 16385, 16386, 65536])
 def test_long_contexts(num_pages: int) -> None:
     scores = random_scores(2, 1, num_pages)
@@ -233,7 +232,6 @@ def test_long_contexts(num_pages: int) -> None:
     assert selected_alike(scores, [num_pages, num_pages - 1], [128, 1024])
 
 
-@pytest.mark.large
 @pytest.mark.parametrize("num_pages", [600, 5000])
 def test_more_pairs_than_multiprocessors_hold(num_pages: int) -> None:
     scores = random_scores(70, 4, num_pages).round(decimals=1)
@@ -393,7 +391,7 @@ def test_a_captured_graph_serves_other_lengths() -> None:
 
 
 def test_small_pipeline() -> None:
-    """For compute-sanitizer: each operator once or twice, with little data."""
+    """Each operator once or twice, with little data: the shortest run for a sanitizer."""
     shape = Shape(num_kv_heads=2)
     for score in SCORES:
         assert written_alike(shape, [3, 4, 5, 40, -1], score=score)
