@@ -6,22 +6,31 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help demo test lint format check env clean
+.PHONY: help demo test sanitize lint format check env clean
 
 help:
-	@echo "make demo    serve the bundled model with QUEST, ask it for pass keys, show a table"
-	@echo "make test    run the test suite"
-	@echo "make check   say what was found on this machine and what works"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make format  apply ruff's and clang-format's formatting"
-	@echo "make env     only make .venv: vLLM for this machine, the compiled plugin, the test tools"
-	@echo "make clean   remove .venv and build products"
+	@echo "make demo      serve the bundled model with QUEST, ask it for pass keys, show a table"
+	@echo "make test      run the test suite"
+	@echo "make sanitize  the CUDA operators under compute-sanitizer's tools, on a GPU"
+	@echo "make check     say what was found on this machine and what works"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    apply ruff's and clang-format's formatting"
+	@echo "make env       only make .venv: vLLM for this machine, the compiled plugin, the test tools"
+	@echo "make clean     remove .venv and build products"
 
 demo: env
 	$(BIN)/vllm-quest demo
 
 test: env
 	$(BIN)/pytest
+
+# More threads than cores make the reference crawl under these tools.
+sanitize: env
+	for tool in memcheck racecheck initcheck; do \
+		OMP_NUM_THREADS=2 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -q --noconftest tests/gpu --ignore tests/gpu/test_graphs.py \
+			-m "not large" || exit 1; \
+	done
 
 check: env
 	$(BIN)/vllm-quest check

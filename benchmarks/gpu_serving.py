@@ -1,7 +1,8 @@
-"""A whole model on a GPU: QUEST beside FLASH_ATTN at fixed resident contexts, in one process.
+"""A whole model on a GPU: QUEST beside dense backends at fixed resident contexts, in one process.
 
     python benchmarks/gpu_serving.py
     python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
+    python benchmarks/gpu_serving.py --backends FLASH_ATTN FLASHINFER QUEST
 
 Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
 bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
@@ -45,7 +46,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
 }
 CASES = ("8b:1x2048", "8b:1x32768", "8b:1x122880", "8b:8x32768", "8b:4x122880", "7b:4x32768")
-BACKENDS = ("FLASH_ATTN", "QUEST")
 
 
 def parse_case(case: str) -> tuple[str, int, int]:
@@ -106,6 +106,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[*map(parse_case, CASES)])
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["FLASH_ATTN", "QUEST"],
+        metavar="NAME",
+        help="vLLM's names; the column speed is of the last over the first (default: %(default)s)",
+    )
     parser.add_argument("--budget", type=int, default=2048, help="token budget (2048)")
     parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -116,12 +123,12 @@ def main() -> None:
     models = list(dict.fromkeys(model for model, *_ in arguments.cases))
     with (
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=len(arguments.cases) * len(BACKENDS), unit="run") as progress,
+        tqdm(total=len(arguments.cases) * len(arguments.backends), unit="run") as progress,
     ):
         for model in models:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
             shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
-            for backend in BACKENDS:
+            for backend in arguments.backends:
                 llm = start(folder, backend, arguments.budget, shapes, arguments.tokens)
                 for requests, context in shapes:
                     progress.set_description(f"{backend} {model} {requests} x {context}")
@@ -133,17 +140,15 @@ def main() -> None:
                 gc.collect()
     rows = []
     for model, requests, context in arguments.cases:
-        dense_ms, quest_ms = (step_ms[model, requests, context, name] for name in BACKENDS)
+        times_ms = {name: step_ms[model, requests, context, name] for name in arguments.backends}
         rows.append(
             {
                 "model": model,
                 "requests": requests,
                 "context": context,
-                "FLASH_ATTN ms": dense_ms,
-                "QUEST ms": quest_ms,
-                "FLASH_ATTN tok/s": 1e3 * requests / dense_ms,
-                "QUEST tok/s": 1e3 * requests / quest_ms,
-                "speed": dense_ms / quest_ms,
+                **{f"{name} ms": time for name, time in times_ms.items()},
+                **{f"{name} tok/s": 1e3 * requests / time for name, time in times_ms.items()},
+                "speed": times_ms[arguments.backends[0]] / times_ms[arguments.backends[-1]],
             }
         )
     print_table(rows)

@@ -1,4 +1,6 @@
-"""Times the CUDA operators for one decode step of one layer, beside dense FlashAttention 3.
+"""Times the CUDA operators for one decode step of one layer, beside dense attention.
+
+Dense attention is what vLLM's FLASH_ATTN and FLASHINFER call on the GPU, see `dense_peers.py`.
 
 Each time is the median over replays of a CUDA graph that visits several layers in turn, so that a
 layer's pages have left the L2 cache when it comes around again. `copy` is the bandwidth of a large
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dense_peers import PEERS, DenseLayers, available_peers
 from report import print_machine, print_table, write_json
 from vllm_quest import ops
 
@@ -191,68 +194,6 @@ class DecodeStep:
         self.sparse_decode(i)
 
 
-class DenseStep:
-    """FlashAttention 3 as vLLM's FLASH_ATTN calls it in a full CUDA graph, on a cache it made."""
-
-    MAX_SPLITS = 32  # attention_config.flash_attn_max_num_splits_for_cuda_graph
-
-    def __init__(self, case: Case) -> None:
-        from vllm.vllm_flash_attn import get_scheduler_metadata
-
-        self.case = case
-        num_layers = layers_for(case, case.dense_bytes)
-        pages = case.rows * case.pages
-        sizes = (pages, case.page_size, case.kv_heads, 2 * case.head_size)
-        self.caches = [
-            torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_() for _ in range(num_layers)
-        ]
-        self.block_tables = [
-            torch.randperm(pages, device=DEVICE).int().view(case.rows, -1)
-            for _ in range(num_layers)
-        ]
-        self.query = torch.randn(case.rows, case.heads, case.head_size, device=DEVICE).to(
-            case.dtype
-        )
-        self.out = torch.empty_like(self.query)
-        self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
-        self.query_start = torch.arange(case.rows + 1, dtype=torch.int32, device=DEVICE)
-        self.scheduler_metadata = get_scheduler_metadata(
-            batch_size=case.rows,
-            max_seqlen_q=1,
-            max_seqlen_k=case.context_tokens,
-            num_heads_q=case.heads,
-            num_heads_kv=case.kv_heads,
-            headdim=case.head_size,
-            cache_seqlens=self.seq_lens,
-            qkv_dtype=case.dtype,
-            cu_seqlens_q=self.query_start,
-            page_size=case.page_size,
-            causal=True,
-            num_splits=self.MAX_SPLITS,
-        )
-
-    def attend(self, i: int) -> None:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        head_size = self.case.head_size
-        flash_attn_varlen_func(
-            q=self.query,
-            k=self.caches[i][..., :head_size],
-            v=self.caches[i][..., head_size:],
-            out=self.out,
-            cu_seqlens_q=self.query_start,
-            max_seqlen_q=1,
-            seqused_k=self.seq_lens,
-            max_seqlen_k=self.case.context_tokens,
-            softmax_scale=head_size**-0.5,
-            causal=True,
-            block_table=self.block_tables[i],
-            scheduler_metadata=self.scheduler_metadata,
-            fa_version=3,
-            num_splits=self.MAX_SPLITS,
-        )
-
-
 def layers_for(case: Case, bytes_per_visit: int) -> int:
     """How many layers make each of them cold, within memory; at least 2."""
     return max(2, min(-(-COLD_BYTES // bytes_per_visit), MEMORY_BYTES // case.dense_bytes, 64))
@@ -297,17 +238,8 @@ def copy_bytes_per_us() -> float:
     return 2 * COPY_BYTES / min(copy_us() for _ in range(5))
 
 
-def fa3_missing() -> str | None:
-    """Why FlashAttention 3 cannot be timed here; None if it can."""
-    try:
-        from vllm.vllm_flash_attn import fa_version_unsupported_reason, is_fa_version_supported
-    except ImportError as error:
-        return str(error)
-    return None if is_fa_version_supported(3) else fa_version_unsupported_reason(3)
-
-
-def run(case: Case, copy: float, with_dense: bool) -> dict[str, Any]:
-    """Time one case; `copy` in bytes per microsecond."""
+def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
+    """Time one case, and those of PEERS that are named; `copy` in bytes per microsecond."""
     coldest = min(filter(None, [case.score_bytes, case.decode_bytes]))
     layers = [Layer(case) for _ in range(layers_for(case, coldest))]
     step = DecodeStep(case, layers)
@@ -339,13 +271,51 @@ def run(case: Case, copy: float, with_dense: bool) -> dict[str, Any]:
     }
     del step, layers
     free_memory()
-    if with_dense:
-        dense_step = DenseStep(case)
-        dense = time_us(dense_step.attend, len(dense_step.caches))
-        row |= {"FA3 µs": dense, "ratio": dense / total, "limit": dense / limit}
-        del dense_step
-        free_memory()
+    if peers is not None:
+        dense = dense_us(case, peers)
+        flashinfer = [time for name, time in dense.items() if time and name != "FA3"]
+        row |= {f"{name} µs": time for name, time in dense.items()}
+        row["ratio"] = ratio(dense["FA3"], total)
+        row["limit"] = ratio(dense["FA3"], limit)
+        row["FlashInfer ratio"] = ratio(min(flashinfer, default=None), total)
     return row
+
+
+def ratio(dense: float | None, quest: float) -> float | None:
+    return dense and dense / quest
+
+
+def dense_us(case: Case, names: Sequence[str]) -> dict[str, float | None]:
+    """Time of each of PEERS; None of those not named, or that cannot run the case.
+
+    Raises:
+        RuntimeError: the outputs differ, so that the times would mean nothing.
+    """
+    layers = DenseLayers(case, layers_for(case, case.dense_bytes))
+    expected: torch.Tensor | None = None
+    times: dict[str, float | None] = dict.fromkeys(PEERS)
+    for name in names:
+        try:
+            peer = PEERS[name](layers)
+            peer.attend(0)
+        except (RuntimeError, ValueError) as error:
+            print(f"{name}, {case}: {str(error).strip().splitlines()[0]}")
+            continue
+        if expected is None:
+            expected = layers.out.clone()
+        elif not is_close(layers.out, expected):
+            raise RuntimeError(f"{name}, {case}: its output differs from {names[0]}'s")
+        times[name] = time_us(peer.attend, len(layers))
+        del peer
+    del layers
+    free_memory()
+    return times
+
+
+def is_close(out: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two outputs differ by no more than roundings to bf16 do, some 0.3%."""
+    difference = (out.float() - expected.float()).norm() / expected.float().norm()
+    return difference.item() < 0.01
 
 
 def free_memory() -> None:
@@ -387,7 +357,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of cases without any")
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--no-dense", action="store_true", help="leave out FlashAttention 3")
+    parser.add_argument(
+        "--no-dense", action="store_true", help="leave out FlashAttention 3 and FlashInfer"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -399,13 +371,11 @@ def main() -> None:
     copy = copy_bytes_per_us()
     free_memory()
     print(f"copy: {copy / 1000:.0f} GB/s")
-    missing = "left out" if args.no_dense else fa3_missing()
-    if missing:
-        print(f"FlashAttention 3: {missing}")
+    peers = None if args.no_dense else available_peers()
     rows = []
     for text in args.cases:
         for budget in args.budgets:
-            rows.append(run(parse_case(text, args, budget), copy, with_dense=not missing))
+            rows.append(run(parse_case(text, args, budget), copy, peers))
             print_table(rows[-1:])
     print()
     print_table(rows)

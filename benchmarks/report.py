@@ -38,7 +38,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-    return str(value)
+    return "-" if value is None else str(value)
 
 
 def write_json(path: Path, command: str, rows: Sequence[dict[str, Any]]) -> None:

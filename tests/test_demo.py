@@ -3,18 +3,17 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from vllm_quest.demo import kv_share
 from vllm_quest.pass_keys import FACT_TOKENS, make_haystack
 
-COMMAND = Path(sys.executable).with_name("vllm-quest")
+COMMAND = (sys.executable, "-m", "vllm_quest")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True)
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
 
 
 def test_check_finds_everything_here():

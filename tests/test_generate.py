@@ -4,12 +4,8 @@ With a budget that covers the context QUEST must answer as dense attention does,
 Random weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
 """
 
-import json
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -149,32 +145,6 @@ def test_one_token_ends_of_prompts_are_prefill(model):
     cut = generate(model, prompts, greedy(1), quest=sparse, max_num_batched_tokens=640)
     dense = generate(model, prompts, greedy(1), backend=DENSE)
     assert agree(dense, whole) and agree(dense, cut)
-
-
-SPECULATE = """
-import importlib, json, sys
-from engines import *
-model, quest = sys.argv[1], json.loads(sys.argv[2])
-if not ON_GPU:
-    # vLLM 0.32 trips over an attribute of this module when it speculates on a CPU
-    # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan.
-    importlib.import_module("numba")
-    del sys.modules["llvmlite.binding.ffi"]
-prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
-ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-plain = generate(model, prompts, greedy(40), quest=quest)
-with engine(model, quest=quest, speculative_config=ngram) as llm:
-    assert agree(plain, answers(llm, prompts, greedy(40)))
-    assert counter(llm, "vllm:spec_decode_num_draft_tokens") > 0
-"""
-
-
-@pytest.mark.parametrize("quest", [COVERING, {"token_budget": 64, "dense_layers": 0}])
-def test_speculative_tokens_are_rows(model, quest):
-    """In a process of its own, for what it does to `sys.modules`."""
-    arguments = [sys.executable, "-c", SPECULATE, model, json.dumps(quest)]
-    process = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")

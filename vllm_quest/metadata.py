@@ -62,6 +62,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.quest = QuestConfig.from_vllm(vllm_config)
+        self.is_v2_runner = vllm_config.use_v2_model_runner
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.planner: Any = None
@@ -193,11 +194,12 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         tokens = np.full(num_requests, self.quest.token_budget, dtype=np.int64)
         table = QuestBudgets.table(self.vllm_config)
         if table is not None:
-            # The V1 runner has its slots in batch order; V2 says which row is which.
-            if batch.req_idx is None:
-                own = table[:num_requests]
-            else:
+            # The V1 runner has its slots in batch order; V2 says which row is which, though not for
+            # a draft model's batches, whose rows then get the server's budget.
+            if batch.req_idx is not None:
                 own = table[batch.req_idx[:num_requests]]
+            else:
+                own = table[: 0 if self.is_v2_runner else num_requests]
             tokens[: len(own)] = np.where(own == SERVER_DEFAULT, tokens[: len(own)], own)
         is_dense = is_prefilling | (tokens == UNLIMITED)
         return np.where(is_dense, UNLIMITED_PAGES, self.quest.pages(tokens)).astype(np.int32)

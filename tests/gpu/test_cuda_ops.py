@@ -1,7 +1,7 @@
 """The CUDA operators compute what `vllm_quest/reference.py` says, at any shape, at any time.
 
-pytest tests/gpu                                    all of it, on a machine with a GPU
-compute-sanitizer pytest --noconftest tests/gpu -k small
+pytest tests/gpu    all of it, on a machine with a GPU
+make sanitize       all but the tests marked large, under compute-sanitizer's three tools
 """
 
 import pytest
@@ -318,16 +318,19 @@ def test_strided_query_and_output() -> None:
     assert attends_alike(batch)
 
 
+@pytest.mark.large
 def test_one_long_dense_row_beside_short_ones() -> None:
     budgets = [ops.UNLIMITED_PAGES] + [4] * 30
     assert attends_alike(make_batch(Shape(), [9000] + [100] * 30, budgets, DEVICE))
 
 
+@pytest.mark.large
 def test_a_thousand_rows() -> None:
     lengths = [1 + 37 * row % 300 for row in range(1024)]
     assert attends_alike(make_batch(Shape(head_size=64), lengths, 8, DEVICE))
 
 
+@pytest.mark.large
 def test_more_rows_than_a_launch_takes() -> None:
     lengths = [row % 40 for row in range(2100)]
     assert attends_alike(make_batch(Shape(head_size=64, num_kv_heads=1), lengths, 1, DEVICE))
@@ -340,6 +343,7 @@ def test_covering_budget_equals_dense_bit_for_bit() -> None:
     assert same_bits(covered.run(), dense.run())
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("page_size", [8, 16, 48])
 def test_long_contexts_attend_alike(page_size: int) -> None:
     shape = Shape(num_kv_heads=2, page_size=page_size)
@@ -347,6 +351,7 @@ def test_long_contexts_attend_alike(page_size: int) -> None:
     assert attends_alike(make_batch(shape, lengths, [128, 600, 1, 33], DEVICE))
 
 
+@pytest.mark.large
 def test_many_pairs_attend_alike() -> None:
     shape = Shape(num_kv_heads=8, group_size=1)
     lengths = [1 + 53 * row % 2000 for row in range(40)]
@@ -357,6 +362,7 @@ def test_many_pairs_attend_alike() -> None:
 # --- all stages ---------------------------------------------------------------------------------
 
 
+@pytest.mark.large
 def test_results_are_repeatable_bit_for_bit() -> None:
     batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
     first = batch.run().clone()
@@ -365,6 +371,7 @@ def test_results_are_repeatable_bit_for_bit() -> None:
         assert same_bits(batch.run(), first)
 
 
+@pytest.mark.large
 def test_a_captured_graph_serves_other_lengths() -> None:
     shape = Shape(num_kv_heads=4)
     captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
@@ -384,7 +391,7 @@ def test_a_captured_graph_serves_other_lengths() -> None:
 
 
 def test_small_pipeline() -> None:
-    """For compute-sanitizer: each operator once or twice, with little data."""
+    """Each operator once or twice, with little data: the shortest run for a sanitizer."""
     shape = Shape(num_kv_heads=2)
     for score in SCORES:
         assert written_alike(shape, [3, 4, 5, 40, -1], score=score)

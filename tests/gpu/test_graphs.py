@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from eagle import make_next_id_likely, write_eagle_head
 from engines import (
     DENSE,
     agree,
     answers,
+    counter,
     engine,
     greedy,
     random_prompts,
@@ -72,6 +74,26 @@ def test_graphs_change_no_token(model, runner, mode):
     with_graphs = {"enforce_eager": False, "compilation_config": GRAPHS[mode]}
     without = with_graphs | {"compilation_config": GRAPHS[mode] | {"cudagraph_mode": "NONE"}}
     assert agree(run(model, SPARSE, **without), run(model, SPARSE, **with_graphs))
+
+
+@pytest.mark.parametrize("draft_backend", ["QUEST", DENSE])
+def test_an_eagle_head_changes_no_token(tmp_path, runner, draft_backend):
+    """Drafting and verifying replay graphs of several tokens per request."""
+    model = make_next_id_likely(write_weights(write_model(tmp_path / "target")))
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    eagle = {
+        "method": "eagle",
+        "model": write_eagle_head(tmp_path / "head"),
+        "num_speculative_tokens": 3,
+        "attention_backend": draft_backend,
+    }
+    prompts = random_prompts(LENGTHS)
+    plain = run(model, SPARSE, **graphs)
+    with engine(model, quest=SPARSE, speculative_config=eagle, **graphs) as llm:
+        assert agree(plain, answers(llm, prompts, greedy(24)))
+        drafted = counter(llm, "vllm:spec_decode_num_draft_tokens")
+        accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
+    assert 0.2 < accepted / drafted < 0.8
 
 
 def test_the_bundled_model_retrieves_under_graphs(demo_model, runner):

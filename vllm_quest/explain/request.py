@@ -191,6 +191,8 @@ def _start(request: Request, model: "ModelConfig", num_tokens: int) -> "LLM":
             enforce_eager=True,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=with_bounds * (num_tokens + SPARE_TOKENS),
+            # Sizes nothing beside the line above; vLLM would refuse to start on a GPU in use.
+            gpu_memory_utilization=0.01,
         )
     except ValueError as error:
         raise CannotExplain(_one_line(error)) from error
