@@ -172,8 +172,11 @@ def cluster_decode(
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
-    Arguments are those of `score` and `sparse_decode`. Chooses what `select` chooses; of `scores`
-    and `pages` no more is promised than that they are written.
+    Arguments are those of `score` and `sparse_decode`. Chooses what `select` chooses. `scores` and
+    `pages` are scratch.
+
+    Raises:
+        RuntimeError: max_pages exceeds `max_cluster_pages`, besides what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -192,12 +195,12 @@ def cluster_decode(
     )
 
 
-def has_clusters(device: torch.device) -> bool:
-    """Whether `cluster_decode` runs on a device: GPUs from sm_90 on."""
+def max_cluster_pages(group_size: int, head_size: int, device: torch.device) -> int:
+    """Largest max_pages that `cluster_decode` takes on a device; 0 if it does not run there."""
     if device.type == "cpu":
-        return False
+        return 0
     with torch.cuda.device(device):
-        return bool(torch.ops.vllm_quest.has_clusters())
+        return int(torch.ops.vllm_quest.max_cluster_pages(group_size, head_size))
 
 
 def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:

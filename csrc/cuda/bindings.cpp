@@ -248,13 +248,15 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        const Tensor& out, const std::optional<Tensor>& workspace,
                        const std::optional<Tensor>& counters) {
   const char* op = "cluster_decode";
-  check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets, page_size, scores);
+  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
+                                  page_size, scores);
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
                     soft_cap, out, workspace, counters);
   const DeviceGuard guard(kv_cache.get_device_index());
-  QUEST_CHECK(has_clusters(), op, "device", "only GPUs from sm_90 on have clusters of CTAs: use ",
-              "score, select and sparse_decode");
+  const int max_pages = max_cluster_pages(params.cache, params.group_size);
+  QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "this GPU takes block tables of up to ",
+              max_pages, " pages, got ", sizes.max_pages, ": use score, select, sparse_decode");
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
     params.query = row_of(query, row);
@@ -270,6 +272,12 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
   });
 }
 
+int64_t max_cluster_pages_op(int64_t group_size, int64_t head_size) {
+  KvCache cache = {};
+  cache.head_size = static_cast<int>(head_size);
+  return max_cluster_pages(cache, static_cast<int>(group_size));
+}
+
 std::string cuda_archs() { return QUEST_CUDA_ARCHS; }
 
 }  // namespace
@@ -280,7 +288,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, Tensor(a!) scores, Tensor(b!) pages, int page_size, float scale, "
       "float soft_cap, Tensor(c!) out, Tensor(d!)? workspace=None, Tensor(e!)? counters=None) -> ()");
-  library.def("has_clusters() -> bool");
+  library.def("max_cluster_pages(int group_size, int head_size) -> int");
   library.def("cuda_archs() -> str");
 }
 
@@ -294,7 +302,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CUDA, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CompositeExplicitAutograd, library) {
   library.impl("decode_workspace_size", TORCH_BOX(&decode_workspace_size));
-  library.impl("has_clusters", TORCH_BOX(&has_clusters));
+  library.impl("max_cluster_pages", TORCH_BOX(&max_cluster_pages_op));
   library.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }
 

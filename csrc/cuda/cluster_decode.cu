@@ -1,9 +1,10 @@
 // cluster_decode: score, select and sparse_decode in one launch, a cluster of CTAs for each
 // (row, KV head).
 //
-// Each CTA scores its share of the pages. The cluster selects together: each CTA counts its own
-// pages, and reads the others' counts. What was chosen is shared out anew, so that each CTA attends
-// to as many pages, and their results are merged over shared memory.
+// Each CTA scores its share of the pages. Then every CTA selects for itself, with all scores: that
+// takes less time than to select together, which waits for the others again and again, as long as
+// all keys fit shared memory. Each attends to its share of the chosen pages, as many as the others,
+// and the results are merged over the cluster's shared memory.
 //
 // A long row that fits its budget would keep its cluster busy for long. Further CTAs, which have
 // nothing else to do, share such rows (split_decode.cuh).
@@ -51,6 +52,7 @@ class ClusterDecode {
   using Memory = ClusterMemory<kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Memory::kWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
+  static constexpr int kBlock = Selection<kThreads>::kBlock;
   static constexpr int kTileBytes = std::max(Tile::kBytes, BoundsTile<kHeadSize>::kBytes);
 
   // Of dynamic shared memory: [Memory, tiles [kWarps], merged [group_size, head_size], keys
@@ -65,6 +67,7 @@ class ClusterDecode {
         tiles_(shared_memory + sizeof(Memory)),
         tile_(tiles_ + threadIdx.x / kWarpSize * kTileBytes),
         keys_(reinterpret_cast<uint32_t*>(shared_memory + kFixedBytes)),
+        room_(room),
         merged_(reinterpret_cast<float*>(shared_memory + kFixedBytes - kMergedBytes)),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
@@ -79,18 +82,21 @@ class ClusterDecode {
         num_pages_(div_up(seq_len_, p_.cache.page_size)),
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
         scores_(params.scores + row_ * params.scores_row_stride +
-                head_ * params.scores_head_stride),
-        pages_(params.pages + row_ * p_.pages_row_stride + head_ * p_.pages_head_stride),
-        selection_(shared_.selection, scores_, num_competing(), keys_, room, log2_ctas, rank_) {}
+                head_ * params.scores_head_stride) {
+    // Where shared memory has no room for the list, a part of the row's in device memory is used.
+    const bool is_short = div_up(budget_, ctas()) <= kListed;
+    list_ = is_short ? shared_.list
+                     : params.pages + row_ * p_.pages_row_stride + head_ * p_.pages_head_stride +
+                           rank_ * (budget_ / ctas()) + min(rank_, budget_ % ctas());
+  }
 
   __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
 
   // Before other kernels have finished: what depends on none of them.
   __device__ void prepare() {
     if (lane_ == 0) shared_.arrived[warp_].init();
-    selection_.clear(shared_.selection);
     cluster_arrive();
-    if (is_sparse()) look_up(first_slot());
+    if (is_sparse()) look_up(first_tile_page());
   }
 
   __device__ void run() {
@@ -101,17 +107,15 @@ class ClusterDecode {
         static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
             head_ * p_.group_size * p_.query_head_stride,
         p_.query_head_stride, p_.group_size);
-    if (is_sparse()) fetch_bounds(first_slot());
+    if (is_sparse()) fetch_bounds(first_tile_page());
     query.store(shared_.query);
     __syncthreads();
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
-      if (budget_ > 1) {
-        score();
-        select();
-      }
-      if (rank_ == 0 && threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
+      score();
       cluster_sync();
+      select();
+      __syncthreads();
     }
     attend();
   }
@@ -122,30 +126,29 @@ class ClusterDecode {
   __device__ int ctas() const { return 1 << log2_ctas_; }
 
   // The newest page is kept whatever its score; those before it compete.
-  __device__ int num_competing() const { return max(0, num_pages_ - 1); }
+  __device__ int num_competing() const { return num_pages_ - 1; }
 
-  // As selection_ has them dealt to the CTAs. Each warp has every kWarps-th tile of its CTA's.
-  static constexpr int kSlotStep = kWarps * kTilePages;
-  static_assert(kTilePages == kPageTile);
-  __device__ int first_slot() const { return warp_ * kTilePages; }
+  // Tiles of 16 pages are dealt to the CTAs in turn.
+  __device__ int first_tile_page() const { return ((warp_ << log2_ctas_) + rank_) * kTilePages; }
+  __device__ int tile_step() const { return (kWarps << log2_ctas_) * kTilePages; }
 
   // Look up where the bounds of a tile lie, a lane one page's; beyond the last, again the last's.
-  __device__ void look_up(int slot) {
-    if (slot >= selection_.num_slots()) return;
+  __device__ void look_up(int first_page) {
+    if (first_page >= num_competing()) return;
     const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
-    const int page = min(selection_.page_of_slot(slot) + lane_ % kTilePages, num_competing() - 1);
+    const int page = min(first_page + lane_ % kTilePages, num_competing() - 1);
     const int block = pages_per_block == 1 ? page : page / pages_per_block;
     next_row_ = p_.cache.block_tokens + page - block * pages_per_block;
     next_block_ = load_once(table_ + block);
   }
 
   // Have them copied, and look up this warp's next ones.
-  __device__ void fetch_bounds(int slot) {
-    if (slot >= selection_.num_slots()) return;
+  __device__ void fetch_bounds(int first_page) {
+    if (first_page >= num_competing()) return;
     const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
                     head_ * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
     copy_bounds<kHeadSize>(tile_, from, shared_.arrived[warp_]);
-    look_up(slot + kSlotStep);
+    look_up(first_page + tile_step());
   }
 
   // Score this CTA's pages.
@@ -161,18 +164,14 @@ class ClusterDecode {
       }
     }
 #pragma unroll 1
-    for (int first = first_slot(); first < selection_.num_slots(); first += kSlotStep) {
+    for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
       const float2 scores = score_pages<T, kHeadSize, kGroupTiles>(tile_, query);
       __syncwarp();  // before copies overwrite the tile
-      fetch_bounds(first + kSlotStep);
-      // Lanes with c = 0 have the tile's first 8 pages, with c = 1 the others.
-      const int slot = first + 8 * c_ + r_;
-      if (c_ < 2 && slot < selection_.num_slots()) {
-        const float score = c_ == 0 ? scores.x : scores.y;
-        selection_.add(slot, score);
-        if (!selection_.are_kept()) scores_[selection_.page_of_slot(slot)] = score;
-      }
+      fetch_bounds(first + tile_step());
+      // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
+      const int page = first + 8 * c_ + r_;
+      if (c_ < 2 && page < num_competing()) scores_[page] = c_ == 0 ? scores.x : scores.y;
     }
   }
 
@@ -182,28 +181,15 @@ class ClusterDecode {
     parity_ ^= 1;
   }
 
-  // Choose pages, and list each with the CTA that attends to it.
+  // Choose pages, and list those that this CTA attends to.
   __device__ void select() {
-    selection_.all_added();
-    const Undecided range = selection_.narrow(budget_ - 1);
-    selection_.for_each_chosen(range, [&](int i, int page) { list(i, page); });
-  }
-
-  __device__ void list(int i, int page) {
-    const int cta = i & (ctas() - 1);
-    int32_t* const to = is_listed_here() ? of_cta(shared_.list, cta) : list_of(cta);
-    to[i >> log2_ctas_] = page;
-  }
-
-  __device__ int listed(int i) const {
-    return is_listed_here() ? shared_.list[i] : load_once(list_of(rank_) + i);
-  }
-
-  // Where shared memory has no room for the lists, they are in device memory.
-  __device__ bool is_listed_here() const { return div_up(budget_, ctas()) <= kListed; }
-
-  __device__ int32_t* list_of(int cta) const {
-    return pages_ + cta * (budget_ / ctas()) + min(cta, budget_ % ctas());
+    const auto list = [&](int i, int page) {
+      if ((i & (ctas() - 1)) == rank_) list_[i >> log2_ctas_] = page;
+    };
+    if (threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
+    if (budget_ == 1) return;
+    Selection<kThreads> selection(shared_.selection, scores_, num_competing(), keys_, room_);
+    selection.for_each_chosen(selection.narrow(budget_ - 1), list);
   }
 
   // This CTA attends to pages rank, rank + ctas, ... of those chosen, or of all. Positions count
@@ -236,7 +222,7 @@ class ClusterDecode {
     const int position = (first_tile + lane_ / 2 * kWarps) * kTileTokens + lane_ % 2 * kHalfTokens;
     if (position >= tokens_) return;
     const int page_size = p_.cache.page_size, ours = position / page_size;
-    const int page = is_sparse() ? listed(ours) : (ours << log2_ctas_) + rank_;
+    const int page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
     const int token = page * page_size + position - ours * page_size;
     const int block = load_once(table_ + token / p_.cache.block_tokens);
     planned_start_ = block * p_.cache.block_stride + head_ * p_.cache.head_stride +
@@ -337,6 +323,7 @@ class ClusterDecode {
   unsigned char* const tiles_;
   unsigned char* const tile_;  // this warp's
   uint32_t* const keys_;
+  const int room_;
   float* const merged_;  // [CTAs, a share of the elements]
   const int lane_, warp_, r_, c_;
 
@@ -345,15 +332,13 @@ class ClusterDecode {
   const int seq_len_, budget_, num_pages_;
   const int32_t* const table_;
   float* const scores_;
-  int32_t* const pages_;
 
-  Selection<kThreads> selection_;
-
+  int32_t* list_;                      // of pages that this CTA attends to
   int next_block_ = 0, next_row_ = 0;  // where this lane's next page's bounds lie
   uint32_t parity_ = 0;                // of the tile's next phase
-  int tokens_ = 0;                     // that this CTA attends to
-  int planned_ = -1;                   // the first planned tile
-  int64_t planned_start_ = 0;          // of this lane's planned half in the cache, in elements
+  int tokens_ = 0;             // that this CTA attends to
+  int planned_ = -1;           // the first planned tile
+  int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
 };
 
 template <typename T, int kHeadSize, int kGroupTiles>
@@ -442,6 +427,13 @@ struct Launcher {
     return limits;
   }
 
+  // Keys that shared memory has room for, in whole blocks.
+  static int room() {
+    if (limits().clusters[0] == 0) return 0;
+    const int keys = (limits().shared_bytes - Decode::kFixedBytes) / int{sizeof(uint32_t)};
+    return keys / Decode::kBlock * Decode::kBlock;
+  }
+
   // In the largest clusters that all run at once.
   static cudaError_t launch(const ClusterDecodeParams& params, cudaStream_t stream) {
     const Limits& limits = Launcher::limits();
@@ -452,14 +444,21 @@ struct Launcher {
     const int more = max_decode_ctas() >> log2_ctas;  // for long dense rows
     cudaLaunchAttribute attributes[2];
     const auto all = config(pairs + more, log2_ctas, limits.shared_bytes, stream, attributes);
-    const int room = (limits.shared_bytes - Decode::kFixedBytes) / int{sizeof(uint32_t)};
-    return cudaLaunchKernelEx(&all, kernel, params, log2_ctas, room);
+    return cudaLaunchKernelEx(&all, kernel, params, log2_ctas, room());
   }
 };
 
 }  // namespace
 
-bool has_clusters() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+int max_cluster_pages(const KvCache& cache, int group_size) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
+  int pages = 0;
+  for_shape(cache, group_size, [&](auto shape) {
+    pages = Launcher<decltype(shape)>::room();
+    return cudaSuccess;
+  });
+  return pages;
+}
 
 cudaError_t cluster_decode(const ClusterDecodeParams& params, cudaStream_t stream) {
   return for_shape(params.decode.cache, params.decode.group_size,

@@ -14,25 +14,6 @@ namespace {
 constexpr int kThreadsResident = 1024;  // of a multiprocessor: leaves 64 registers each
 constexpr int kMaxKeys = 16384;  // that shared memory is asked to keep; more are loaded every time
 
-// Pages are slots.
-template <int kThreads>
-__device__ void add_all(Selection<kThreads>& selection, const float* scores) {
-  constexpr int kInFlight = 8;
-  const int num_pages = selection.num_slots();
-#pragma unroll 1
-  for (int first = threadIdx.x; first < num_pages; first += kInFlight * kThreads) {
-    float score[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      score[k] = load_once(scores + min(first + k * kThreads, num_pages - 1));
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (first + k * kThreads < num_pages) selection.add(first + k * kThreads, score[k]);
-    }
-  }
-}
-
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     select_kernel(const __grid_constant__ SelectParams p, int room) {
@@ -61,10 +42,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     // The newest page comes last whatever its score; the others compete.
     if (threadIdx.x == 0) pages[budget - 1] = newest;
     if (budget == 1) continue;
-    Selection<kThreads> selection(shared, scores, newest, keys, room, 0, 0);
-    selection.clear(shared);
-    add_all(selection, scores);
-    selection.all_added();
+    Selection<kThreads> selection(shared, scores, newest, keys, room);
     selection.for_each_chosen(selection.narrow(budget - 1),
                               [&](int i, int page) { pages[i] = page; });
     __syncthreads();  // before the next one's keys and histogram

@@ -56,13 +56,19 @@ def test_clusters_of_every_size(rows: int) -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE))
 
 
+@pytest.mark.large
 def test_one_long_row() -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), [131072], 128, DEVICE))
 
 
-def test_a_million_tokens() -> None:
-    batch = make_batch(Shape(num_kv_heads=1, head_size=64), [1 << 20, 50], 128, DEVICE)
-    assert decodes_alike(batch)
+def test_refuses_tables_longer_than_its_shared_memory() -> None:
+    batch = make_batch(Shape(), [40], 1, DEVICE)
+    limit = ops.max_cluster_pages(4, 128, DEVICE)
+    assert limit >= (1 << 17) // 16
+    batch.block_table = torch.zeros(1, limit + 1, dtype=torch.int32, device=DEVICE)
+    batch.scores = torch.zeros(1, 2, limit + 1, device=DEVICE)
+    with pytest.raises(RuntimeError, match="use score, select, sparse_decode"):
+        batch.cluster_decode()
 
 
 def test_rows_have_budgets_of_their_own() -> None:
@@ -105,6 +111,7 @@ def test_strided_query_and_output() -> None:
     assert decodes_alike(batch)
 
 
+@pytest.mark.large
 def test_a_thousand_rows() -> None:
     lengths = [1 + 37 * row % 300 for row in range(1024)]
     assert decodes_alike(make_batch(Shape(head_size=64), lengths, 8, DEVICE))
@@ -136,6 +143,7 @@ def test_a_captured_graph_serves_other_lengths() -> None:
         assert same_bits(captured.out, batch.cluster_decode())
 
 
+@pytest.mark.large
 def test_budgets_longer_than_shared_memory_lists() -> None:
     shape = Shape(num_kv_heads=4)
     lengths = [20_000] + [50] * 40  # so many rows that each has a CTA alone

@@ -58,7 +58,8 @@ class BatchPlanner:
         )
         blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
         # vLLM rounds its tables up, so that rows end on 128 bytes or so: leave room.
-        pages = (blocks + 128) * spec.block_size // QuestConfig.from_vllm(vllm_config).page_size
+        quest = QuestConfig.from_vllm(vllm_config)
+        pages = (blocks + 128) * spec.block_size // quest.page_size
         rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
         rows_per_pass = max(1, min(rows_per_pass, num_rows))
         scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
@@ -67,10 +68,11 @@ class BatchPlanner:
         self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
         self.scores = torch.empty(scratch_shape, device=device)
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
-        self.in_clusters = ops.has_clusters(device)
-        self.workspace = ops.decode_workspace(
-            self.prefill_builder.num_heads_q // spec.num_kv_heads, spec.head_size, device
-        )
+        group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
+        self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
+        pages_per_block = spec.block_size // quest.page_size
+        max_pages = ops.max_cluster_pages(group_size, spec.head_size, device)
+        self.max_cluster_blocks = max_pages // pages_per_block
         if tokens_per_decode > 1:
             self.row_seq_lens = torch.zeros_like(self.budgets)
             self.row_tables = torch.zeros(num_rows, blocks + 128, dtype=torch.int32, device=device)
@@ -97,7 +99,7 @@ class BatchPlanner:
             budgets=self.budgets[:num_rows],
             unlimited=self.unlimited[:num_rows],
             any_sparse=True,
-            in_clusters=self.in_clusters,
+            in_clusters=block_table.shape[1] <= self.max_cluster_blocks,
             scores=self.scores,
             pages=self.pages,
             workspace=self.workspace,
