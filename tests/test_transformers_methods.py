@@ -61,18 +61,18 @@ def test_received_attention_is_the_column_sum_whatever_the_chunks(monkeypatch) -
 @pytest.mark.parametrize(
     "make",
     [
-        lambda text, budget: H2OCache(text, 3, budget),
-        lambda text, budget: TovaCache(text, 3, budget),
+        lambda text, budget: H2OCache([text] * 3, budget),
+        lambda text, budget: TovaCache([text] * 3, budget),
         lambda text, budget: QuestCache(text, 3, budget, 9, "minmax"),
     ],
     ids=["h2o", "tova", "quest"],
 )
 def test_a_covering_budget_is_full_attention(text: ReadText, make) -> None:
-    cache, full = make(text, TEXT + 9), FullCache(text, 3)
+    cache, full = make(text, TEXT + 9), FullCache([text] * 3)
     for query, key, value in steps(9):
         found, expected = (c.attend(query, key, value, SCALE) for c in (cache, full))
         torch.testing.assert_close(found, expected)
-    short, full = make(text, 32), FullCache(text, 3)
+    short, full = make(text, 32), FullCache([text] * 3)
     query, key, value = steps(1)[0]
     assert not torch.allclose(
         short.attend(query, key, value, SCALE), full.attend(query, key, value, SCALE)
@@ -82,7 +82,7 @@ def test_a_covering_budget_is_full_attention(text: ReadText, make) -> None:
 @pytest.mark.parametrize("kind", [H2OCache, TovaCache])
 @pytest.mark.parametrize("budget", [1, 2, 7, 32])
 def test_a_step_attends_to_exactly_the_budget(text: ReadText, kind, budget: int) -> None:
-    cache = kind(text, 3, budget)
+    cache = kind([text] * 3, budget)
     for query, key, value in steps(5):
         cache.attend(query, key, value, SCALE)
         assert cache.num_kept == budget
@@ -92,7 +92,7 @@ def test_a_step_attends_to_exactly_the_budget(text: ReadText, kind, budget: int)
 def test_tokens_are_dropped_as_the_papers_say(text: ReadText, method: str) -> None:
     """Against sets of positions, one per KV head, and a loop per step."""
     budget, row = 11, 1
-    cache = {"h2o": H2OCache, "tova": TovaCache}[method](text, 3, budget)
+    cache = {"h2o": H2OCache, "tova": TovaCache}[method]([text] * 3, budget)
     keys, values = list(text.key.unbind(1)), list(text.value.unbind(1))  # of [kv_heads, d] each
     kept = [set(range(TEXT)) for _ in range(KV_HEADS)]
     received = [dict(enumerate(of_head.tolist())) for of_head in text.received]
@@ -161,12 +161,19 @@ def test_a_covering_budget_gives_transformers_own_answers(tiny_model: str, metho
         assert list(answer.tokens) == [token for token in whole if token != 2]
 
 
-def test_rows_of_a_batch_do_not_mix(tiny_model: str) -> None:
-    asked = prompts(150, 4, 3)
-    with TransformersEngine(tiny_model, dense_layers=0, max_model_len=512, device="cpu") as run:
+@pytest.mark.parametrize("max_bytes", [1, 2**33], ids=["one text at a time", "all texts"])
+def test_rows_of_a_batch_do_not_mix(tiny_model: str, monkeypatch, max_bytes: int) -> None:
+    """Questions about one text and about several, of several lengths; budgets take turns."""
+    monkeypatch.setattr("benchmarks.accuracy.transformers_methods.MAX_MATERIAL_BYTES", max_bytes)
+    asked = [*prompts(150, 4, 2), *prompts(149, 4, 2), *prompts(40, 4, 1)]
+    budgets = [48, 32, 32, 48, 48]
+    with TransformersEngine(tiny_model, dense_layers=1, max_model_len=512, device="cpu") as run:
         for method in METHODS:
-            together = run.run(asked, method, [48] * 3, ignore)
-            alone = [run.run([prompt], method, [48], ignore)[0] for prompt in asked]
+            together = run.run(asked, method, budgets, ignore)
+            alone = [
+                run.run([prompt], method, [budget], ignore)[0]
+                for prompt, budget in zip(asked, budgets, strict=True)
+            ]
             assert [a.tokens for a in together] == [a.tokens for a in alone]
             for one, other in zip(together, alone, strict=True):
                 assert one.question_logprobs == pytest.approx(other.question_logprobs, abs=1e-4)

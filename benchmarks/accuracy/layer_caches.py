@@ -1,12 +1,13 @@
 """What one layer keeps of a text while it decodes, and attention to it, in plain PyTorch.
 
-Every cache begins with a text that was read densely, the same for all rows; then each row feeds
-tokens of its own. All that a step attends to, the token being fed included, is at most the token
-budget. With grouped queries a KV head's attention is that of its group's heads together.
+Every row of a cache begins with a text that was read densely; then it feeds tokens of its own. All
+that a step attends to, the token being fed included, is at most the token budget. With grouped
+queries a KV head's attention is that of its group's heads together.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ MAX_CHUNK_ELEMENTS = 2**24
 """Of the attention weights that are held at once while they are summed up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReadText:
     """What dense reading left in a layer. Keys are those after the rotary embedding."""
 
@@ -34,6 +35,15 @@ class ReadText:
     @property
     def num_tokens(self) -> int:
         return self.key.shape[1]
+
+
+Texts = Sequence[ReadText]
+"""One text per row. Neighbours may have the same one: it is kept once then."""
+
+
+def runs(texts: Texts) -> list[tuple[ReadText, int]]:
+    """Each text, and how many neighbouring rows begin with it."""
+    return [(text, len(list(rows))) for text, rows in itertools.groupby(texts)]
 
 
 def read_densely(
@@ -94,12 +104,12 @@ def attention_weights(
 
 
 class FullCache:
-    """Keeps everything: the text once, each row's own tokens behind it."""
+    """Keeps everything: each text once, each row's own tokens apart."""
 
-    def __init__(self, text: ReadText, num_rows: int) -> None:
-        self._text = text
-        num_kv_heads, _, head_size = text.key.shape
-        self._key = text.key.new_empty(num_rows, num_kv_heads, 0, head_size)
+    def __init__(self, texts: Texts) -> None:
+        self._runs = runs(texts)
+        num_kv_heads, _, head_size = texts[0].key.shape
+        self._key = texts[0].key.new_empty(len(texts), num_kv_heads, 0, head_size)
         self._value = self._key.clone()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -117,23 +127,44 @@ class FullCache:
         self._key = torch.cat((self._key, key[:, :, None]), dim=2)
         self._value = torch.cat((self._value, value[:, :, None]), dim=2)
         grouped = query.unflatten(1, (key.shape[1], -1))  # [rows, kv_heads, group, d]
-        of_text = torch.einsum("rhgd,htd->rhgt", grouped, self._text.key)
-        logits = torch.cat((of_text, grouped @ self._key.mT), dim=-1)
-        weights = (logits.float() * scale).softmax(-1).to(query.dtype)
-        on_text, on_own = weights.split([self._text.num_tokens, self._key.shape[2]], dim=-1)
-        out = torch.einsum("rhgt,htd->rhgd", on_text, self._text.value) + on_own @ self._value
-        return out.flatten(1, 2)
+        sizes = [num_rows for _, num_rows in self._runs]
+        parts = [x.split(sizes) for x in (grouped, self._key, self._value)]
+        outs = [
+            _attend_to_text_and_own(text, *own, scale)
+            for (text, _), *own in zip(self._runs, *parts, strict=True)
+        ]
+        return torch.cat(outs).flatten(1, 2)
+
+
+def _attend_to_text_and_own(
+    text: ReadText, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Of `[rows, kv_heads, group, d]` that share a text; own tokens `[rows, kv_heads, n, d]`."""
+    of_text = torch.einsum("rhgd,htd->rhgt", query, text.key)
+    logits = torch.cat((of_text, query @ key.mT), dim=-1)
+    weights = (logits.float() * scale).softmax(-1).to(query.dtype)
+    on_text, on_own = weights.split([text.num_tokens, key.shape[2]], dim=-1)
+    return torch.einsum("rhgt,htd->rhgd", on_text, text.value) + on_own @ value
 
 
 class EvictingCache:
-    """Keeps some tokens, by position; what is dropped never comes back."""
+    """Keeps some tokens, by position; what is dropped never comes back.
 
-    def __init__(self, text: ReadText, num_rows: int, token_budget: int) -> None:
-        self._num_rows = num_rows
+    All rows keep equally many: their texts have equally many tokens, or at least the budget.
+    """
+
+    def __init__(self, texts: Texts, token_budget: int) -> None:
         self._token_budget = token_budget
-        # One row until the text is cut down: all rows begin with the same tokens.
-        self._key, self._value = text.key[None], text.value[None]  # [rows, kv_heads, kept, d]
-        self._standing = self.first_standing(text)  # [rows, kv_heads or 1, kept] fp32
+        begun = []
+        for text, num_rows in runs(texts):
+            # A text is cut down before it is given to its rows.
+            self._key, self._value = text.key[None], text.value[None]  # [rows, kv_heads, kept, d]
+            self._standing = self.first_standing(text)  # [rows, kv_heads or 1, kept] fp32
+            self._make_room()
+            begun.append(
+                [x.expand(num_rows, *x.shape[1:]) for x in (self._key, self._value, self._standing)]
+            )
+        self._key, self._value, self._standing = map(torch.cat, zip(*begun, strict=True))
 
     @property
     def num_kept(self) -> int:
@@ -153,13 +184,7 @@ class EvictingCache:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As `FullCache.attend`."""
-        if self.num_kept >= self._token_budget:
-            self._drop(self.kept(self._token_budget - 1).sort(dim=-1).values)
-        if len(self._key) < self._num_rows:
-            self._key, self._value, self._standing = (
-                x.expand(self._num_rows, *x.shape[1:])
-                for x in (self._key, self._value, self._standing)
-            )
+        self._make_room()
         self._key = torch.cat((self._key, key[:, :, None]), dim=2)
         self._value = torch.cat((self._value, value[:, :, None]), dim=2)
         self._standing = F.pad(self._standing, (0, 1))
@@ -168,7 +193,11 @@ class EvictingCache:
         self._standing = self.new_standing(weights)
         return (weights.to(query.dtype) @ self._value).flatten(1, 2)
 
-    def _drop(self, kept: Tensor) -> None:
+    def _make_room(self) -> None:
+        """Drop what one more token takes the place of."""
+        if self.num_kept < self._token_budget:
+            return
+        kept = self.kept(self._token_budget - 1).sort(dim=-1).values
         self._standing = self._standing.gather(2, kept)
         places = kept.expand(-1, self._key.shape[1], -1)[..., None]
         places = places.expand(-1, -1, -1, self._key.shape[3])
@@ -217,7 +246,7 @@ class TovaCache(EvictingCache):
 class QuestCache:
     """QUEST by the functions of `vllm_quest.reference`, in pages as vLLM has them.
 
-    Rows share the text's whole pages; each has a copy of the last, unfinished one.
+    All rows have one text and share its whole pages; each has a copy of the last, unfinished one.
     """
 
     def __init__(
@@ -264,4 +293,3 @@ class QuestCache:
 
 
 Cache = FullCache | EvictingCache | QuestCache
-MakeCache = Callable[[ReadText], Cache]

@@ -9,7 +9,6 @@ answer is greedy. `layer_caches` has the methods.
 `quest-hf` follows the plain loops of `vllm_quest.reference`: to compare with vLLM, not for speed.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,6 +25,7 @@ from benchmarks.accuracy.layer_caches import (
     H2OCache,
     QuestCache,
     ReadText,
+    Texts,
     TovaCache,
     read_densely,
 )
@@ -35,7 +35,9 @@ METHODS = ("h2o", "tova", "quest-hf", "full-hf")
 ATTENTION = "vllm_quest_accuracy"
 """The name of this module's attention in transformers."""
 MAX_ROWS = 32
-"""Questions about one text that are answered at once."""
+"""Questions that are answered at once."""
+MAX_MATERIAL_BYTES = 2**33
+"""Keys and values of texts beyond which no further one is kept."""
 
 LayerAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """(layer, query, key, value, scale) -> output; all but the scale `[rows, heads, tokens, d]`."""
@@ -100,18 +102,20 @@ class Decoding:
 class Material:
     """A text that was read."""
 
-    tokens: tuple[int, ...]
     layers: list[ReadText]
     logits: Tensor  # [1, vocabulary], of what comes next
 
     @property
-    def has_received(self) -> bool:
-        return self.layers[0].received is not None
+    def num_bytes(self) -> int:
+        return sum(layer.key.nbytes + layer.value.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that run together: one material, one budget, questions of one length."""
+    """Prompts that run together: one budget, questions of one length."""
+
+    numbers: list[int]
+    """The prompts' places in the order of the answers."""
 
     prompts: list[Prompt]
     token_budget: int
@@ -143,7 +147,6 @@ class TransformersEngine:
         self._max_model_len = max_model_len
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = None
-        self._material: Material | None = None
 
     def __enter__(self) -> Self:
         dtype = torch.float32 if self._device.type == "cpu" else "auto"
@@ -161,7 +164,7 @@ class TransformersEngine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._model = self._material = None
+        self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -187,37 +190,51 @@ class TransformersEngine:
                     f"a prompt with its answer has {prompt.num_tokens} tokens; max_model_len is "
                     f"{self._max_model_len}"
                 )
-        answers: list[Answer] = []
-        for batch in batches(prompts, token_budgets):
-            material = self._read(batch.prompts[0].material, sum_received=method == "h2o")
-            answers += self._answer(batch, material, method)
-            progress(len(batch.prompts))
-        return answers
+        by_material: dict[tuple[int, ...], list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            by_material.setdefault(prompt.material, []).append(number)
+        answers: dict[int, Answer] = {}
+        materials: dict[tuple[int, ...], Material] = {}
+        for tokens in by_material:
+            materials[tokens] = self._read(tokens, sum_received=method == "h2o")
+            is_last = len(answers) + sum(len(by_material[t]) for t in materials) == len(prompts)
+            if is_last or sum(m.num_bytes for m in materials.values()) > MAX_MATERIAL_BYTES:
+                numbers = [number for read in materials for number in by_material[read]]
+                for batch in batches(prompts, token_budgets, numbers, method):
+                    found = self._answer(batch, materials, method)
+                    answers |= zip(batch.numbers, found, strict=True)
+                    progress(len(found))
+                materials.clear()
+        return [answers[number] for number in range(len(prompts))]
 
     def _read(self, tokens: tuple[int, ...], *, sum_received: bool) -> Material:
-        """Read a text densely, or remember that it was the last one."""
-        last = self._material
-        if last and last.tokens == tokens and (last.has_received or not sum_received):
-            return last
-        self._material = None  # frees its memory first
+        """Read a text densely."""
         reading = Reading(sum_received)
-        logits = self._forward(torch.tensor([tokens], device=self._device), 0, reading)
-        self._material = Material(tokens, reading.layers, logits)
-        return self._material
+        positions = torch.arange(len(tokens), device=self._device)
+        logits = self._forward(
+            torch.tensor([tokens], device=self._device), positions[None], reading
+        )
+        return Material(reading.layers, logits)
 
-    def _answer(self, batch: Batch, material: Material, method: str) -> list[Answer]:
+    def _answer(
+        self, batch: Batch, materials: dict[tuple[int, ...], Material], method: str
+    ) -> list[Answer]:
         num_rows, first = len(batch.prompts), batch.prompts[0]
+        own = [materials[prompt.material] for prompt in batch.prompts]
         questions = torch.tensor(
             [prompt.question for prompt in batch.prompts], dtype=torch.int64, device=self._device
         )  # [rows, question_tokens]
         num_steps = questions.shape[1] + first.max_answer_tokens
         decoding = Decoding(
             [
-                self._cache(text, layer, method, num_rows, batch.token_budget, num_steps)
-                for layer, text in enumerate(material.layers)
+                self._cache(texts, layer, method, batch.token_budget, num_steps)
+                for layer, texts in enumerate(zip(*(m.layers for m in own), strict=True))
             ]
         )
-        logits = material.logits.expand(num_rows, -1)
+        logits = torch.cat([material.logits for material in own])
+        positions = torch.tensor(
+            [[len(prompt.material)] for prompt in batch.prompts], device=self._device
+        )
         logprobs: list[list[float]] = [[] for _ in batch.prompts]
         answers: list[list[int]] = [[] for _ in batch.prompts]
         has_ended = [False] * num_rows
@@ -235,34 +252,29 @@ class TransformersEngine:
                         answers[row].append(token)
             if all(has_ended) or step == num_steps - 1:
                 break
-            logits = self._forward(tokens[:, None], len(material.tokens) + step, decoding)
+            logits = self._forward(tokens[:, None], positions + step, decoding)
         return [
             Answer(tuple(tokens), tuple(found))
             for tokens, found in zip(answers, logprobs, strict=True)
         ]
 
     def _cache(
-        self,
-        text: ReadText,
-        layer: int,
-        method: str,
-        num_rows: int,
-        token_budget: int,
-        num_steps: int,
+        self, texts: Texts, layer: int, method: str, token_budget: int, num_steps: int
     ) -> Cache:
         if layer < self._dense_layers or token_budget == UNLIMITED or method == "full-hf":
-            return FullCache(text, num_rows)
+            return FullCache(texts)
         if method == "quest-hf":
-            return QuestCache(text, num_rows, token_budget, num_steps, self._score)
+            return QuestCache(texts[0], len(texts), token_budget, num_steps, self._score)
         kind = {"h2o": H2OCache, "tova": TovaCache}[method]
-        return kind(text, num_rows, token_budget)
+        return kind(texts, token_budget)
 
-    def _forward(self, tokens: Tensor, position: int, layer_attention: LayerAttention) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, layer_attention: LayerAttention
+    ) -> Tensor:
         """fp32 logits after the last of `[rows, n]` tokens, `[rows, vocabulary]`."""
-        positions = torch.arange(position, position + tokens.shape[1], device=self._device)
         output = self._model(
             input_ids=tokens,
-            position_ids=positions[None],
+            position_ids=positions,
             use_cache=False,
             logits_to_keep=1,
             layer_attention=layer_attention,
@@ -271,15 +283,21 @@ class TransformersEngine:
         return logits
 
 
-def batches(prompts: Sequence[Prompt], token_budgets: Sequence[int]) -> Iterator[Batch]:
-    """Neighbours that can run together, in order."""
-
-    def alike(pair: tuple[Prompt, int]) -> tuple[object, ...]:
-        prompt, budget = pair
-        return prompt.material, len(prompt.question), prompt.max_answer_tokens, budget
-
-    pairs = zip(prompts, token_budgets, strict=True)
-    for (*_, budget), group in itertools.groupby(pairs, alike):
-        together = [prompt for prompt, _ in group]
+def batches(
+    prompts: Sequence[Prompt], token_budgets: Sequence[int], numbers: Sequence[int], method: str
+) -> Iterator[Batch]:
+    """Prompts that can run together, of those with these numbers."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number in numbers:
+        prompt, budget = prompts[number], int(token_budgets[number])
+        num_kept = (
+            len(prompt.material) if budget == UNLIMITED else min(len(prompt.material), budget)
+        )
+        # QUEST's pages hold one text.
+        shared = prompt.material if method == "quest-hf" else num_kept
+        key = (budget, len(prompt.question), prompt.max_answer_tokens, shared)
+        alike.setdefault(key, []).append(number)
+    for (budget, *_), together in alike.items():
         for first in range(0, len(together), MAX_ROWS):
-            yield Batch(together[first : first + MAX_ROWS], int(budget))
+            chosen = together[first : first + MAX_ROWS]
+            yield Batch(chosen, [prompts[number] for number in chosen], budget)
