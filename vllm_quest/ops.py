@@ -176,7 +176,7 @@ def cluster_decode(
     `pages` are scratch.
 
     Raises:
-        RuntimeError: max_pages exceeds `max_cluster_pages`, besides what all operators refuse.
+        RuntimeError: the GPU has no clusters, besides what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -196,7 +196,10 @@ def cluster_decode(
 
 
 def max_cluster_pages(group_size: int, head_size: int, device: torch.device) -> int:
-    """Largest max_pages that `cluster_decode` takes on a device; 0 if it does not run there."""
+    """Pages of a row up to which `cluster_decode` is faster than three launches on a device.
+
+    Beyond, their scores do not fit its shared memory. 0 if it does not run there.
+    """
     if device.type == "cpu":
         return 0
     with torch.cuda.device(device):

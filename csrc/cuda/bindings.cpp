@@ -254,9 +254,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
       decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
                     soft_cap, out, workspace, counters);
   const DeviceGuard guard(kv_cache.get_device_index());
-  const int max_pages = max_cluster_pages(params.cache, params.group_size);
-  QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "this GPU takes block tables of up to ",
-              max_pages, " pages, got ", sizes.max_pages, ": use score, select, sparse_decode");
+  QUEST_CHECK(max_cluster_pages(params.cache, params.group_size) > 0, op, "device",
+              "this GPU has no clusters of CTAs: use score, select, sparse_decode");
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
     params.query = row_of(query, row);
@@ -287,7 +286,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
   library.def(
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, Tensor(a!) scores, Tensor(b!) pages, int page_size, float scale, "
-      "float soft_cap, Tensor(c!) out, Tensor(d!)? workspace=None, Tensor(e!)? counters=None) -> ()");
+      "float soft_cap, Tensor(c!) out, Tensor(d!)? workspace=None, Tensor(e!)? counters=None) -> "
+      "()");
   library.def("max_cluster_pages(int group_size, int head_size) -> int");
   library.def("cuda_archs() -> str");
 }

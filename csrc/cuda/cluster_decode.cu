@@ -95,6 +95,7 @@ class ClusterDecode {
   // Before other kernels have finished: what depends on none of them.
   __device__ void prepare() {
     if (lane_ == 0) shared_.arrived[warp_].init();
+    __syncthreads();
     cluster_arrive();
     if (is_sparse()) look_up(first_tile_page());
   }
@@ -336,9 +337,9 @@ class ClusterDecode {
   int32_t* list_;                      // of pages that this CTA attends to
   int next_block_ = 0, next_row_ = 0;  // where this lane's next page's bounds lie
   uint32_t parity_ = 0;                // of the tile's next phase
-  int tokens_ = 0;             // that this CTA attends to
-  int planned_ = -1;           // the first planned tile
-  int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
+  int tokens_ = 0;                     // that this CTA attends to
+  int planned_ = -1;                   // the first planned tile
+  int64_t planned_start_ = 0;          // of this lane's planned half in the cache, in elements
 };
 
 template <typename T, int kHeadSize, int kGroupTiles>

@@ -16,11 +16,11 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
-// Instead of score, select and sparse_decode, for block tables of up to max_cluster_pages().
+// Instead of score, select and sparse_decode; faster for rows of up to max_cluster_pages().
 cudaError_t cluster_decode(const ClusterDecodeParams&, cudaStream_t stream);
 
-// Pages of a row that cluster_decode can choose among on the current device, for a cache's element
-// type and head size; 0 where there are no clusters of CTAs (before sm_90).
+// Pages of a row whose scores fit cluster_decode's shared memory on the current device, for a
+// cache's element type and head size; 0 where there are no clusters of CTAs (before sm_90).
 int max_cluster_pages(const KvCache&, int group_size);
 
 // CTAs for which sparse_decode's workspace must have room on the current device.

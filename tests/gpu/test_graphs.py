@@ -93,7 +93,7 @@ def test_an_eagle_head_changes_no_token(tmp_path, runner, draft_backend):
         assert agree(plain, answers(llm, prompts, greedy(24)))
         drafted = counter(llm, "vllm:spec_decode_num_draft_tokens")
         accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    assert 0.2 < accepted / drafted < 0.8
+    assert accepted > 20 and drafted - accepted > 20  # both happen, again and again
 
 
 def test_the_bundled_model_retrieves_under_graphs(demo_model, runner):

@@ -70,9 +70,8 @@ class BatchPlanner:
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
         group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
-        pages_per_block = spec.block_size // quest.page_size
-        max_pages = ops.max_cluster_pages(group_size, spec.head_size, device)
-        self.max_cluster_blocks = max_pages // pages_per_block
+        max_pages = blocks * spec.block_size // quest.page_size
+        self.in_clusters = max_pages <= ops.max_cluster_pages(group_size, spec.head_size, device)
         if tokens_per_decode > 1:
             self.row_seq_lens = torch.zeros_like(self.budgets)
             self.row_tables = torch.zeros(num_rows, blocks + 128, dtype=torch.int32, device=device)
@@ -99,7 +98,7 @@ class BatchPlanner:
             budgets=self.budgets[:num_rows],
             unlimited=self.unlimited[:num_rows],
             any_sparse=True,
-            in_clusters=block_table.shape[1] <= self.max_cluster_blocks,
+            in_clusters=self.in_clusters,
             scores=self.scores,
             pages=self.pages,
             workspace=self.workspace,
