@@ -50,11 +50,21 @@ class Case:
     head_size: int
     budget_tokens: int
     page_size: int
+    block_tokens: int
     dtype: torch.dtype
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.context_tokens // self.block_tokens)
 
     @property
     def pages(self) -> int:
         return -(-self.context_tokens // self.page_size)
+
+    @property
+    def table_pages(self) -> int:
+        """What the row's blocks hold."""
+        return self.blocks * self.block_tokens // self.page_size
 
     @property
     def budget_pages(self) -> int:
@@ -98,14 +108,15 @@ class Layer:
     """One layer's cache, with random keys and values in scattered blocks, and its block table."""
 
     def __init__(self, case: Case) -> None:
-        pages = case.rows * case.pages
-        sizes = (pages, case.kv_heads, case.page_size + 1, 2 * case.head_size)
+        blocks, tokens, page_size = case.rows * case.blocks, case.block_tokens, case.page_size
+        rows = tokens + tokens // page_size
+        sizes = (blocks, case.kv_heads, rows, 2 * case.head_size)
         self.kv_cache = torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_()
         for part in self.kv_cache.split(1 + (1 << 29) // self.kv_cache[0].nbytes):
-            keys = part[:, :, : case.page_size, : case.head_size]
-            part[:, :, case.page_size, : case.head_size] = keys.amin(dim=2)
-            part[:, :, case.page_size, case.head_size :] = keys.amax(dim=2)
-        self.block_table = torch.randperm(pages, device=DEVICE).int().view(case.rows, -1)
+            keys = part[:, :, :tokens, : case.head_size].unflatten(2, (-1, page_size))
+            part[:, :, tokens:, : case.head_size] = keys.amin(dim=3)
+            part[:, :, tokens:, case.head_size :] = keys.amax(dim=3)
+        self.block_table = torch.randperm(blocks, device=DEVICE).int().view(case.rows, -1)
 
 
 class DecodeStep:
@@ -121,7 +132,7 @@ class DecodeStep:
         )
         self.key = torch.randn(*rows_heads, case.head_size, device=DEVICE).to(case.dtype)
         self.out = torch.empty_like(self.query)
-        self.scores = torch.empty(*rows_heads, case.pages, device=DEVICE)
+        self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
@@ -129,8 +140,8 @@ class DecodeStep:
         self.uses_clusters = case.pages <= max_cluster_pages
         last = case.context_tokens - 1
         self.slots = [
-            layer.block_table[:, last // case.page_size].long() * case.page_size
-            + last % case.page_size
+            layer.block_table[:, last // case.block_tokens].long() * case.block_tokens
+            + last % case.block_tokens
             for layer in layers
         ]
 
@@ -170,7 +181,7 @@ class DecodeStep:
             self.workspace,
         )
 
-    def cluster_decode(self, i: int) -> None:
+    def cluster_decode(self, i: int, *, follows_write_kv: bool = False) -> None:
         layer = self.layers[i]
         ops.cluster_decode(
             self.query,
@@ -178,13 +189,12 @@ class DecodeStep:
             layer.block_table,
             self.seq_lens,
             self.budgets,
-            self.scores,
-            self.pages,
             self.case.page_size,
             self.case.head_size**-0.5,
             0.0,
             self.out,
             self.workspace,
+            follows_write_kv=follows_write_kv,
         )
 
     def all_stages(self, i: int) -> None:
@@ -338,6 +348,7 @@ def parse_case(text: str, args: argparse.Namespace, budget_tokens: int) -> Case:
         head_size=args.head_size,
         budget_tokens=budget_tokens,
         page_size=args.page_size,
+        block_tokens=args.block_size,
         dtype=getattr(torch, args.dtype),
     )
 
@@ -355,6 +366,7 @@ def main() -> None:
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=[2048], metavar="TOKENS")
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--block-size", type=int, default=128, help="tokens of QUEST's vLLM blocks")
     parser.add_argument("--heads", type=int, default=32, help="query heads of cases without any")
     parser.add_argument("--kv-heads", type=int, default=8, help="KV heads of cases without any")
     parser.add_argument("--head-size", type=int, default=128)

@@ -114,8 +114,10 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
                    const std::optional<Tensor>& counters) {
-  const Sizes sizes = check_sparse_decode(Device::kCpu, query, kv_cache, block_table, seq_lens,
-                                          budgets, pages, page_size, out);
+  const char* op = "sparse_decode";
+  Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budgets,
+                             page_size, out);
+  check_selected(op, Device::kCpu, kv_cache, pages, sizes);
   check_rows("sparse_decode", seq_lens, budgets, sizes, true);
   int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),

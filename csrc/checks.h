@@ -238,29 +238,35 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
   return sizes;
 }
 
-inline Sizes check_sparse_decode(Device device, const Tensor& query, const Tensor& kv_cache,
-                                 const Tensor& block_table, const Tensor& seq_lens,
-                                 const Tensor& budgets, const Tensor& pages, int64_t page_size,
-                                 const Tensor& out) {
-  const Checks check("sparse_decode", device);
+inline Sizes check_decode(const char* op, Device device, const Tensor& query,
+                          const Tensor& kv_cache, const Tensor& block_table,
+                          const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+                          const Tensor& out) {
+  const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
                 {"query", query},
                 {"block_table", block_table},
                 {"seq_lens", seq_lens},
                 {"budgets", budgets},
-                {"pages", pages},
                 {"out", out}});
   check.cache(kv_cache, page_size, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
-  check.dtype({"pages", pages}, ScalarType::Int);
-  check.shape({"pages", pages}, {sizes.num_rows, sizes.num_kv_heads, -1});
-  check.inner_contiguous({"pages", pages});
-  sizes.max_selected = pages.size(2);
   check.dtype({"out", out}, query.scalar_type());
   check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});
   check.inner_contiguous({"out", out});
   return sizes;
+}
+
+// Also fills in how many pages can be selected.
+inline void check_selected(const char* op, Device device, const Tensor& kv_cache,
+                           const Tensor& pages, Sizes& sizes) {
+  const Checks check(op, device);
+  check.device({{"kv_cache", kv_cache}, {"pages", pages}});
+  check.dtype({"pages", pages}, ScalarType::Int);
+  check.shape({"pages", pages}, {sizes.num_rows, sizes.num_kv_heads, -1});
+  check.inner_contiguous({"pages", pages});
+  sizes.max_selected = pages.size(2);
 }
 
 // Where to count; null where nothing is to be counted.

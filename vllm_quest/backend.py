@@ -1,5 +1,6 @@
 """What QUEST tells vLLM of itself: the capabilities of the backend, each of them explicit."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,8 @@ from vllm_quest.support import DTYPES, KV_CACHE_DTYPES, layer_reasons
 class QuestBackend(AttentionBackend):
     """The attention backend QUEST (`vllm/v1/attention/backend.py`)."""
 
-    forward_includes_kv_cache_update: bool = False
+    # Decoding begins beside the write, and may do so only directly behind it.
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES["cpu"])
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = list(KV_CACHE_DTYPES)
 
@@ -41,6 +43,12 @@ class QuestBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         # Never a fixed size: vLLM would split a block, and leave its bounds with the last part.
         return [MultipleOf(QuestConfig.active().page_size)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # The bounds of 8 pages then lie side by side, and a table has an eighth of the entries.
+        page_size = QuestConfig.active().page_size
+        return max(math.lcm(default_block_size, page_size), 8 * page_size)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

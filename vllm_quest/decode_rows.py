@@ -14,7 +14,7 @@ class Decodes:
     """[num_requests] int32: 1, or more where drafts are to be verified."""
 
     budgets: np.ndarray
-    """[num_requests] int32, pages; UNLIMITED_PAGES for requests that must be dense."""
+    """[num_requests] int32, pages; UNLIMITED_PAGES or UNSETTLED_PAGES for dense requests."""
 
     @property
     def one_row_each(self) -> bool:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
@@ -43,6 +42,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
         self._is_dense_layer: bool | None = None
+        self.has_own_cache = kv_sharing_target_layer_name is None
         self.has_window = sliding_window is not None
         self.platform = this_platform()
         self.dense = self.platform.DenseImpl(
@@ -62,21 +62,6 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         """FLASH_ATTN's metadata builder asks for the windows of its layers here."""
         return (self, self.dense)
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Store keys and values, and renew the bounds of the pages they fall into."""
-        if self.has_window:
-            self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        else:
-            page_size, score = self.quest.page_size, self.quest.score
-            ops.write_kv(key, value, kv_cache, slot_mapping, page_size, score)
-
     def forward(
         self,
         layer: AttentionLayer,
@@ -89,13 +74,14 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend for a batch.
+        """Store a batch's keys and values, and attend.
 
         Args:
             layer: the vLLM layer, for its name.
             query: `[num_tokens, num_heads, head_size]`, padding at its end.
-            key: unused; keys are read from their pages.
-            value: unused likewise.
+            key: `[num_tokens, num_kv_heads, head_size]`; stored, but not by layers that share the
+                cache of another.
+            value: the same.
             kv_cache: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, see `kv_page`.
             attn_metadata: the batch; None while vLLM measures memory.
             output: `[num_tokens, num_heads, head_size]`, written and returned.
@@ -109,6 +95,8 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             raise NotImplementedError("QUEST does not quantise its output")
         if attn_metadata is None:
             return output.zero_()
+        if self.has_own_cache:
+            self._write_kv(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         if self.has_window:
             windowed = attn_metadata.windowed
             self.dense.forward(layer, query, key, value, kv_cache, windowed, output)
@@ -128,6 +116,16 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             )
         return output
 
+    def _write_kv(
+        self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
+    ) -> None:
+        """Store keys and values, and renew the bounds of the pages they fall into."""
+        if self.has_window:
+            self.dense.do_kv_cache_update(layer, key, value, kv_cache, slots)
+        else:
+            page_size, score = self.quest.page_size, self.quest.score
+            ops.write_kv(key, value, kv_cache, slots, page_size, score)
+
     def _decode(
         self,
         layer: AttentionLayer,
@@ -139,17 +137,30 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         is_dense = self._is_dense(layer)
         budgets = rows.unlimited if is_dense else rows.budgets
         chooses = rows.any_sparse and not is_dense
+        page_size, scale, soft_cap = self.quest.page_size, self.scale, self.soft_cap
+        if chooses and rows.in_clusters and self.chooses_itself:
+            ops.cluster_decode(
+                query,
+                kv_cache,
+                rows.block_table,
+                rows.seq_lens,
+                budgets,
+                page_size,
+                scale,
+                soft_cap,
+                output,
+                rows.workspace,
+                rows.counters,
+                follows_write_kv=self.has_own_cache,
+            )
+            return
         for part in rows.passes():
             queries, seq_lens = query[part], rows.seq_lens[part]
             scores, pages = rows.scores[: len(seq_lens)], rows.pages[: len(seq_lens)]
             batch = (queries, kv_cache, rows.block_table[part], seq_lens, budgets[part])
-            scale, soft_cap, workspace = self.scale, self.soft_cap, rows.workspace
-            attention = (self.quest.page_size, scale, soft_cap, output[part], workspace)
-            if chooses and rows.in_clusters and self.chooses_itself:
-                ops.cluster_decode(*batch, scores, pages, *attention, rows.counters)
-                continue
             if chooses:
                 self.choose_pages(layer, *batch, scores, pages)
+            attention = (page_size, scale, soft_cap, output[part], rows.workspace)
             ops.sparse_decode(*batch, pages, *attention, rows.counters)
 
     def choose_pages(

@@ -20,7 +20,7 @@ from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.decode_rows import DecodeRows, Decodes
 from vllm_quest.monitor import Monitor
-from vllm_quest.ops import UNLIMITED_PAGES
+from vllm_quest.ops import UNLIMITED_PAGES, UNSETTLED_PAGES
 from vllm_quest.platforms import this_platform
 
 # A name below vLLM's, so that its handlers and levels apply.
@@ -38,6 +38,9 @@ class QuestMetadata(AttentionMetadata):
     """Tokens of the batch, without padding."""
 
     num_decode_rows: int
+
+    slot_mapping: torch.Tensor
+    """[>= num_actual_tokens] int64: where keys and values are stored; -1 in padding."""
 
     rows: DecodeRows | None = None
 
@@ -127,7 +130,11 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         fast_build: bool = False,
     ) -> QuestMetadata:
         batch = common_attn_metadata
-        metadata = QuestMetadata(num_actual_tokens=batch.num_actual_tokens, num_decode_rows=0)
+        metadata = QuestMetadata(
+            num_actual_tokens=batch.num_actual_tokens,
+            num_decode_rows=0,
+            slot_mapping=batch.slot_mapping,
+        )
         if self.windowed_builder is not None:
             metadata.windowed = self.windowed_builder.build(common_prefix_len, batch, fast_build)
         if self.planner is None:
@@ -201,5 +208,6 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             else:
                 own = table[: 0 if self.is_v2_runner else num_requests]
             tokens[: len(own)] = np.where(own == SERVER_DEFAULT, tokens[: len(own)], own)
-        is_dense = is_prefilling | (tokens == UNLIMITED)
-        return np.where(is_dense, UNLIMITED_PAGES, self.quest.pages(tokens)).astype(np.int32)
+        pages = np.where(tokens == UNLIMITED, UNLIMITED_PAGES, self.quest.pages(tokens))
+        # The end of a prompt may read, by its prefix, what another request writes in this step.
+        return np.where(is_prefilling, UNSETTLED_PAGES, pages).astype(np.int32)

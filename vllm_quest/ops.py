@@ -34,6 +34,12 @@ for _device in extension.LIBRARIES:
 UNLIMITED_PAGES = torch.iinfo(torch.int32).max
 """A budget that every context fits."""
 
+UNSETTLED_PAGES = UNLIMITED_PAGES - 1
+"""The same, for rows that may read pages that another request writes in this step."""
+
+GROWING_PAGES = 16
+"""Pages at a row's end that its request may write in a step, see `cluster_decode`."""
+
 
 def write_kv(
     key: Tensor,
@@ -161,22 +167,28 @@ def cluster_decode(
     block_table: Tensor,
     seq_lens: Tensor,
     budgets: Tensor,
-    scores: Tensor,
-    pages: Tensor,
     page_size: int,
     scale: float,
     soft_cap: float,
     out: Tensor,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
+    *,
+    follows_write_kv: bool = False,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
-    Arguments are those of `score` and `sparse_decode`. Chooses what `select` chooses. `scores` and
-    `pages` are scratch.
+    Arguments are those of `sparse_decode`. Chooses what `select` chooses. The block table must
+    hold no more than `max_cluster_pages` pages a row.
+
+    With `follows_write_kv`, nothing was launched since `write_kv` of the same layer, and the query
+    was there before that. Then most of the work is done beside `write_kv`. It holds for rows
+    whose pages are of earlier steps, but for the last GROWING_PAGES; others need the budget
+    UNSETTLED_PAGES.
 
     Raises:
-        RuntimeError: the GPU has no clusters, besides what all operators refuse.
+        RuntimeError: the GPU has no clusters, or the table is too wide, besides what all operators
+            refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -184,21 +196,20 @@ def cluster_decode(
         block_table,
         seq_lens,
         budgets,
-        scores,
-        pages,
         page_size,
         scale,
         soft_cap,
         out,
         workspace,
         counters,
+        follows_write_kv,
     )
 
 
 def max_cluster_pages(group_size: int, head_size: int, device: torch.device) -> int:
-    """Pages of a row up to which `cluster_decode` is faster than three launches on a device.
+    """Pages of a row whose scores fit the shared memory of `cluster_decode` on a device.
 
-    Beyond, their scores do not fit its shared memory. 0 if it does not run there.
+    0 if it does not run there.
     """
     if device.type == "cpu":
         return 0

@@ -59,7 +59,9 @@ __device__ __forceinline__ float rescale(float maximum, float new_maximum) {
   return maximum == -INFINITY ? 0.0f : exp2_fast(maximum - new_maximum);
 }
 
-template <typename T, int kHeadSize, int kGroupTiles>
+// `kKeyUnroll`: of the loop over a key. 1 makes the code shorter, for those who run through it a few
+// times only and wait for it to be fetched.
+template <typename T, int kHeadSize, int kGroupTiles, int kKeyUnroll = kHeadSize / 32>
 class WarpAttention {
  public:
   using Tile = quest::cuda::Tile<kHeadSize>;
@@ -135,7 +137,7 @@ class WarpAttention {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float sum[2][4] = {};  // two sums shorten the chain of products
-#pragma unroll
+#pragma unroll kKeyUnroll
       for (int j = 0; j < kVecs; ++j) {
         const Vec query = query_[tile][j][lane_];
         const auto* key = reinterpret_cast<const Vec*>(rows) + vec_of<kHeadSize>(j, c_);
@@ -163,7 +165,7 @@ class WarpAttention {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (soft_cap_ > 0.0f) {
-          const float y = exp2_fast(x[k] * (scale_ / soft_cap_) * (2.0f * kLog2E));
+          const float y = exp2_fast(x[k] * __fdividef(scale_, soft_cap_) * (2.0f * kLog2E));
           x[k] = soft_cap_ * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;  // of the tangent
         } else {
           x[k] *= scale_ * kLog2E;

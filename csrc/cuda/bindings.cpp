@@ -58,7 +58,8 @@ KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
       .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
       .head_size = static_cast<int>(sizes.head_size),
       .block_tokens = static_cast<int>(sizes.block_tokens),
-      .page_size = static_cast<int>(sizes.page_size)};
+      .page_size = static_cast<int>(sizes.page_size),
+      .pages_per_block = static_cast<int>(sizes.block_tokens / sizes.page_size)};
 }
 
 int32_t* int32s(const Tensor& tensor, int64_t row = 0) {
@@ -156,6 +157,7 @@ void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budge
                     .pages_head_stride = pages.stride(1),
                     .num_rows = static_cast<int>(num_rows),
                     .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+                    .max_pages = static_cast<int>(sizes.max_pages),
                     .page_size = static_cast<int>(sizes.page_size)},
                    current_stream(scores)));
   });
@@ -192,15 +194,15 @@ Workspace check_workspace(const char* op, const Tensor& kv_cache,
           partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size};
 }
 
-// The parameters of sparse_decode, but for the rows; checked.
+// The parameters of sparse_decode, but for the rows and the selected pages; checked.
 SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
-                                 const Tensor& budgets, const Tensor& pages, int64_t page_size,
-                                 double scale, double soft_cap, const Tensor& out,
+                                 const Tensor& budgets, int64_t page_size, double scale,
+                                 double soft_cap, const Tensor& out,
                                  const std::optional<Tensor>& workspace,
-                                 const std::optional<Tensor>& counters) {
-  const Sizes sizes = check_sparse_decode(Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                          budgets, pages, page_size, out);
+                                 const std::optional<Tensor>& counters, Sizes& sizes) {
+  sizes = check_decode(op, Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
+                       page_size, out);
   int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
@@ -213,8 +215,6 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
           .partial_weight = parts.partial_weight,
           .query_row_stride = query.stride(0),
           .query_head_stride = query.stride(1),
-          .pages_row_stride = pages.stride(0),
-          .pages_head_stride = pages.stride(1),
           .out_row_stride = out.stride(0),
           .out_head_stride = out.stride(1),
           .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
@@ -229,9 +229,13 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
                       const std::optional<Tensor>& workspace,
                       const std::optional<Tensor>& counters) {
   const char* op = "sparse_decode";
+  Sizes sizes;
   SparseDecodeParams params =
-      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
-                    soft_cap, out, workspace, counters);
+      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, page_size, scale, soft_cap,
+                    out, workspace, counters, sizes);
+  check_selected(op, Device::kCuda, kv_cache, pages, sizes);
+  params.pages_row_stride = pages.stride(0);
+  params.pages_head_stride = pages.stride(1);
   const DeviceGuard guard(kv_cache.get_device_index());
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
@@ -243,31 +247,28 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
 }
 
 void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                       const Tensor& seq_lens, const Tensor& budgets, const Tensor& scores,
-                       const Tensor& pages, int64_t page_size, double scale, double soft_cap,
-                       const Tensor& out, const std::optional<Tensor>& workspace,
-                       const std::optional<Tensor>& counters) {
+                       const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+                       double scale, double soft_cap, const Tensor& out,
+                       const std::optional<Tensor>& workspace,
+                       const std::optional<Tensor>& counters, bool follows_write_kv) {
   const char* op = "cluster_decode";
-  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
-                                  page_size, scores);
+  Sizes sizes;
   SparseDecodeParams params =
-      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, pages, page_size, scale,
-                    soft_cap, out, workspace, counters);
+      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, page_size, scale, soft_cap,
+                    out, workspace, counters, sizes);
   const DeviceGuard guard(kv_cache.get_device_index());
-  QUEST_CHECK(max_cluster_pages(params.cache, params.group_size) > 0, op, "device",
+  const int max_pages = max_cluster_pages(params.cache, params.group_size);
+  QUEST_CHECK(max_pages > 0, op, "device",
               "this GPU has no clusters of CTAs: use score, select, sparse_decode");
+  QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "block_table may hold ", max_pages,
+              " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
     params.query = row_of(query, row);
-    params.pages = int32s(pages, row);
     params.out = row_of(out, row);
-    check_launch(
-        op, cluster_decode({.decode = params,
-                            .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
-                            .pages = int32s(pages, row),
-                            .scores_row_stride = scores.stride(0),
-                            .scores_head_stride = scores.stride(1)},
-                           current_stream(kv_cache)));
+    check_launch(op, cluster_decode(
+                         {.decode = params, .follows_write_kv = follows_write_kv && row == 0},
+                         current_stream(kv_cache)));
   });
 }
 
@@ -285,9 +286,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
   library.def("decode_workspace_size(int group_size, int head_size) -> int");
   library.def(
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor budgets, Tensor(a!) scores, Tensor(b!) pages, int page_size, float scale, "
-      "float soft_cap, Tensor(c!) out, Tensor(d!)? workspace=None, Tensor(e!)? counters=None) -> "
-      "()");
+      "Tensor budgets, int page_size, float scale, float soft_cap, Tensor(a!) out, "
+      "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, bool follows_write_kv=False) -> ()");
   library.def("max_cluster_pages(int group_size, int head_size) -> int");
   library.def("cuda_archs() -> str");
 }

@@ -2,6 +2,8 @@
 // reach each other's shared memory. From sm_90 on.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace quest::cuda {
@@ -17,11 +19,11 @@ __device__ __forceinline__ int rank_in_cluster() {
   return static_cast<int>(rank);
 }
 
-// Arrive and wait: what any thread of the cluster wrote before arriving, to shared or device
-// memory, the others see after waiting.
+// Arrive, then wait until all threads of the cluster have arrived. Orders nothing but barriers'
+// initialisation.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -31,21 +33,41 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
 // Where another CTA of the cluster has what this one has at `shared`.
-template <typename T>
-__device__ __forceinline__ T* of_cta(T* shared, int rank) {
+__device__ __forceinline__ uint32_t address_in(const void* shared, int rank) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 #if __CUDA_ARCH__ >= 900
-  T* remote;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(shared), "r"(rank));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 #else
-  return shared;
+  return address;
 #endif
+}
+
+// Write to another CTA's shared memory. Its `barrier` counts the bytes: the write has arrived when
+// all that it expects have. No fence is needed, which would wait for device memory as well.
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, uint32_t x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   to),
+               "r"(x), "r"(barrier)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, uint32_t x, uint32_t y) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
+          to),
+      "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float2 pair) {
+  send(to, barrier, __float_as_uint(pair.x), __float_as_uint(pair.y));
 }
 
 }  // namespace quest::cuda

@@ -1,10 +1,13 @@
 // cluster_decode: score, select and sparse_decode in one launch, a cluster of CTAs for each
 // (row, KV head).
 //
-// Each CTA scores its share of the pages. Then every CTA selects for itself, with all scores: that
-// takes less time than to select together, which waits for the others again and again, as long as
-// all keys fit shared memory. Each attends to its share of the chosen pages, as many as the others,
-// and the results are merged over the cluster's shared memory.
+// Each CTA scores its share of the pages, and sends the scores to all others. Then every CTA selects
+// for itself: that takes less time than to select together, which waits for the others again and
+// again, as long as all keys fit shared memory. Each attends to its share of the chosen pages, as
+// many as the others, and the results are merged over the cluster's shared memory.
+//
+// A step writes to the newest pages alone. So a launch that directly follows write_kv begins while
+// that still runs, and waits for it only where it comes to those pages.
 //
 // A long row that fits its budget would keep its cluster busy for long. Further CTAs, which have
 // nothing else to do, share such rows (split_decode.cuh).
@@ -15,6 +18,7 @@
 #include "attention.cuh"
 #include "cluster.cuh"
 #include "device.cuh"
+#include "divisor.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
 #include "score_pages.cuh"
@@ -29,19 +33,45 @@ namespace {
 template <int kHeadSize, int kGroupTiles>
 constexpr int kResident = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
 
-constexpr int kListed = 512;  // pages that a CTA attends to, listed in shared memory
+constexpr int kRing = 2;             // tiles of a warp, at most
+constexpr int kTableEntries = 1024;  // of a row's block table, kept in shared memory
+
+// What the kernel divides by.
+struct Divisors {
+  Divisor page_size, pages_per_block, num_kv_heads;
+  Divisor share;  // elements [group_size, head_size] that a CTA merges
+};
 
 template <int kHeadSize, int kGroupTiles>
 struct ClusterMemory {
   static constexpr int kWarps = kRings<kHeadSize>, kHeads = 8 * kGroupTiles;
 
   GroupQuery<kHeadSize, kGroupTiles> query;
-  Barrier arrived[kWarps];
+  Barrier arrived[kWarps][kRing];       // a warp's tiles
+  Barrier scores_arrived;               // from all CTAs: keys, ranges
+  Barrier parts_arrived;                // from all CTAs: merged, weight
+  KeyRange ranges[kMaxClusterCtas][kWarps];  // of the keys of each CTA's warps
   SelectionMemory<kWarps * kWarpSize> selection;
-  int32_t list[kListed];  // of pages that this CTA attends to
+  int32_t table[kTableEntries];
 
   float2 warp_weight[kWarps][kHeads];      // maximum (base 2) and sum of weights: of each warp
   float2 weight[kMaxClusterCtas][kHeads];  // and of each CTA, where this one merges
+};
+
+// Parts of an attention that are merged one after another: `kCount` elements of a head's weighted
+// values, with the maximum (base 2) and the sum of their weights.
+template <int kCount>
+struct Merged {
+  float maximum = -INFINITY, sum = 0.0f, values[kCount] = {};
+
+  __device__ __forceinline__ void add(float2 weight, const float* part) {
+    const float old_maximum = maximum;
+    maximum = fmaxf(maximum, weight.x);
+    const float old_factor = rescale(old_maximum, maximum), factor = rescale(weight.x, maximum);
+    sum = sum * old_factor + weight.y * factor;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) values[k] = values[k] * old_factor + part[k] * factor;
+  }
 };
 
 // One CTA's part in its cluster's work for a (row, KV head).
@@ -52,73 +82,84 @@ class ClusterDecode {
   using Memory = ClusterMemory<kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Memory::kWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
-  static constexpr int kBlock = Selection<kThreads>::kBlock;
-  static constexpr int kTileBytes = std::max(Tile::kBytes, BoundsTile<kHeadSize>::kBytes);
+  using Attention = WarpAttention<T, kHeadSize, kGroupTiles, 1>;
+  // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
+  // against bank conflicts.
+  static constexpr int kPitch = kHeadSize + 4;
+  static constexpr int kPartBytes = 8 * kGroupTiles * kPitch * sizeof(float);
+  static constexpr int kTileBytes =
+      std::max({Tile::kBytes, BoundsTile<kHeadSize>::kBytes, kPartBytes});
 
-  // Of dynamic shared memory: [Memory, tiles [kWarps], merged [group_size, head_size], keys
-  // [room]].
+  // Of dynamic shared memory: [Memory, merged [group_size, head_size], tiles [stages, kWarps],
+  // keys [room], bitmap of as many pages].
   static constexpr int kMergedBytes = 8 * kGroupTiles * kHeadSize * sizeof(float);
-  static constexpr int kFixedBytes = sizeof(Memory) + kWarps * kTileBytes + kMergedBytes;
+  __host__ __device__ static constexpr int fixed_bytes(int stages) {
+    return sizeof(Memory) + kMergedBytes + stages * kWarps * kTileBytes;
+  }
+  static constexpr int room(int shared_bytes, int stages) {
+    return (shared_bytes - fixed_bytes(stages)) / (kWarpSize + 1) / 4 * kWarpSize;
+  }
 
-  __device__ ClusterDecode(const ClusterDecodeParams& params, unsigned char* shared_memory,
-                           int log2_ctas, int room)
+  __device__ ClusterDecode(const ClusterDecodeParams& params, const Divisors& divisors,
+                           unsigned char* shared_memory, int log2_ctas, int stages, int room)
       : p_(params.decode),
+        divisors_(divisors),
+        follows_write_kv_(params.follows_write_kv),
         shared_(*reinterpret_cast<Memory*>(shared_memory)),
-        tiles_(shared_memory + sizeof(Memory)),
-        tile_(tiles_ + threadIdx.x / kWarpSize * kTileBytes),
-        keys_(reinterpret_cast<uint32_t*>(shared_memory + kFixedBytes)),
-        room_(room),
-        merged_(reinterpret_cast<float*>(shared_memory + kFixedBytes - kMergedBytes)),
+        merged_(reinterpret_cast<float*>(shared_memory + sizeof(Memory))),
+        tiles_(shared_memory + sizeof(Memory) + kMergedBytes),
+        stages_(stages),
+        keys_(reinterpret_cast<uint32_t*>(shared_memory + fixed_bytes(stages))),
+        bitmap_(keys_ + room),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
         log2_ctas_(log2_ctas),
         rank_(rank_in_cluster()),
-        row_((blockIdx.x >> log2_ctas) / p_.cache.num_kv_heads),
-        head_((blockIdx.x >> log2_ctas) % p_.cache.num_kv_heads),
+        row_(divisors.num_kv_heads.quotient(blockIdx.x >> log2_ctas)),
+        head_((blockIdx.x >> log2_ctas) - row_ * p_.cache.num_kv_heads),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_(p_.rows.budgets[row_]),
-        num_pages_(div_up(seq_len_, p_.cache.page_size)),
-        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
-        scores_(params.scores + row_ * params.scores_row_stride +
-                head_ * params.scores_head_stride) {
-    // Where shared memory has no room for the list, a part of the row's in device memory is used.
-    const bool is_short = div_up(budget_, ctas()) <= kListed;
-    list_ = is_short ? shared_.list
-                     : params.pages + row_ * p_.pages_row_stride + head_ * p_.pages_head_stride +
-                           rank_ * (budget_ / ctas()) + min(rank_, budget_ % ctas());
-  }
+        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
+        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride) {}
 
-  __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
-
-  // Before other kernels have finished: what depends on none of them.
-  __device__ void prepare() {
-    if (lane_ == 0) shared_.arrived[warp_].init();
-    __syncthreads();
-    cluster_arrive();
-    if (is_sparse()) look_up(first_tile_page());
-  }
+  // Whether this row is not left to those who share long dense rows.
+  __device__ bool is_ours() const { return is_sparse() || seq_len_ <= kLongDenseTokens; }
 
   __device__ void run() {
-    if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == 0) {
-      count_row(p_.counters, p_.cache, seq_len_, budget_);
+    // Before other kernels have finished: what depends on none of them.
+    const int blocks =
+        divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
+    for (int i = threadIdx.x; i < min(blocks, kTableEntries); i += kThreads) {
+      shared_.table[i] = load_once(table_ + i);
     }
+    if (lane_ < stages_) shared_.arrived[warp_][lane_].init();
+    if (threadIdx.x == 0) expect_messages();
+    shared_.selection.clear();
+    if (!follows_write_kv_ || budget_ == kUnsettledPages) wait_for_previous_kernel();
+    __syncthreads();
+    cluster_arrive();
+
     GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query(
         static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
             head_ * p_.group_size * p_.query_head_stride,
         p_.query_head_stride, p_.group_size);
-    if (is_sparse()) fetch_bounds(first_tile_page());
+    if (is_sparse()) {
+      for (int i = 0; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
+    }
     query.store(shared_.query);
     __syncthreads();
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
       score();
-      cluster_sync();
+      shared_.scores_arrived.wait(0);
       select();
-      __syncthreads();
     }
     attend();
+    if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == 0) {
+      count_row(p_.counters, p_.cache, seq_len_, budget_);
+    }
   }
 
  private:
@@ -129,74 +170,125 @@ class ClusterDecode {
   // The newest page is kept whatever its score; those before it compete.
   __device__ int num_competing() const { return num_pages_ - 1; }
 
+  // Whether the pages before `page` were written in earlier steps.
+  __device__ bool is_settled_before(int page) const { return page + kGrowingPages <= num_pages_; }
+
+  // Of the elements [group_size, head_size], those that each CTA merges.
+  __device__ int share() const { return p_.group_size * kHeadSize >> log2_ctas_; }
+
+  // Say how many bytes the CTAs of the cluster will send this one, itself among them.
+  __device__ void expect_messages() {
+    shared_.scores_arrived.init();
+    shared_.parts_arrived.init();
+    if (is_sparse()) {
+      shared_.scores_arrived.expect(num_competing() * sizeof(uint32_t) +
+                                    (kWarps << log2_ctas_) * sizeof(KeyRange));
+    }
+    const int first = rank_ * share(), last = first + share() - 1;
+    const int num_heads = last / kHeadSize - first / kHeadSize + 1;
+    shared_.parts_arrived.expect((share() * sizeof(float) + num_heads * sizeof(float2))
+                                 << log2_ctas_);
+  }
+
   // Tiles of 16 pages are dealt to the CTAs in turn.
   __device__ int first_tile_page() const { return ((warp_ << log2_ctas_) + rank_) * kTilePages; }
   __device__ int tile_step() const { return (kWarps << log2_ctas_) * kTilePages; }
 
-  // Look up where the bounds of a tile lie, a lane one page's; beyond the last, again the last's.
-  __device__ void look_up(int first_page) {
-    if (first_page >= num_competing()) return;
-    const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
-    const int page = min(first_page + lane_ % kTilePages, num_competing() - 1);
-    const int block = pages_per_block == 1 ? page : page / pages_per_block;
-    next_row_ = p_.cache.block_tokens + page - block * pages_per_block;
-    next_block_ = load_once(table_ + block);
+  // Where a page lies: its block, and its number there.
+  struct PagePlace {
+    int block, page;
+  };
+  __device__ PagePlace look_up(int page) const {
+    const int block = divisors_.pages_per_block.quotient(page);
+    const int number = block < kTableEntries ? shared_.table[block] : load_once(table_ + block);
+    return {number, page - block * p_.cache.pages_per_block};
   }
 
-  // Have them copied, and look up this warp's next ones.
+  // Have the bounds of a tile copied.
   __device__ void fetch_bounds(int first_page) {
     if (first_page >= num_competing()) return;
-    const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
-                    head_ * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
-    copy_bounds<kHeadSize>(tile_, from, shared_.arrived[warp_]);
-    look_up(first_page + tile_step());
+    if (!is_settled_before(first_page + kTilePages)) wait_for_previous_kernel();
+    const PagePlace place = look_up(bounds_page<kHeadSize>(first_page, num_competing()));
+    copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, head_, place.block, place.page,
+                              shared_.arrived[warp_][copied_.stage]);
+    copied_.advance(stages_);
   }
 
   // Score this CTA's pages.
   __device__ void score() {
-    constexpr int kVecs = kHeadSize / 32;
-    Vec query[kGroupTiles][kVecs];  // heads repeated where there are too few
-#pragma unroll
-    for (int tile = 0; tile < kGroupTiles; ++tile) {
-      const int head = (tile * 8 + r_) % p_.group_size;
-#pragma unroll
-      for (int j = 0; j < kVecs; ++j) {
-        query[tile][j] = shared_.query[head / 8][j][head % 8 * 4 + c_];
-      }
-    }
+    KeyRange range = KeyRange::of_none();
 #pragma unroll 1
     for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
-      const float2 scores = score_pages<T, kHeadSize, kGroupTiles>(tile_, query);
+      const float2 scores =
+          score_pages<T, kHeadSize, kGroupTiles, 1>(tile(used_), [&](int group, int j) {
+            const int head = min(group * 8 + r_, p_.group_size - 1);
+            return shared_.query[head / 8][j][head % 8 * 4 + c_];
+          });
+      used_.advance(stages_);
       __syncwarp();  // before copies overwrite the tile
-      fetch_bounds(first + tile_step());
-      // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
-      const int page = first + 8 * c_ + r_;
-      if (c_ < 2 && page < num_competing()) scores_[page] = c_ == 0 ? scores.x : scores.y;
+      fetch_bounds(first + stages_ * tile_step());
+
+      // Let all CTAs know. Lanes with even c have the tile's first 8 pages, the others the next: two
+      // lanes have the same, and send it to half of the CTAs each.
+      const int half = c_ % 2;
+      const int page = first + 8 * half + BoundsTile<kHeadSize>::page_of_row(r_);
+      if (page >= num_competing()) continue;
+      const uint32_t key = key_of(half == 0 ? scores.x : scores.y);
+      range.add(key);
+#pragma unroll 1
+      for (int cta = c_ / 2; cta < ctas(); cta += 2) {
+        send(address_in(keys_ + page, cta), address_in(&shared_.scores_arrived, cta), key);
+      }
+    }
+    range = range.of_warp();
+    if (lane_ < ctas()) {
+      send(address_in(&shared_.ranges[rank_][warp_], lane_),
+           address_in(&shared_.scores_arrived, lane_), range.lowest, range.highest);
     }
   }
 
-  // Wait for what was copied last.
-  __device__ void wait_for_tile() {
-    shared_.arrived[warp_].wait(parity_);
-    parity_ ^= 1;
+  // The range of all CTAs' keys.
+  __device__ KeyRange range_of_all() const {
+    KeyRange range = KeyRange::of_none();
+#pragma unroll 1
+    for (int i = lane_; i < kWarps << log2_ctas_; i += kWarpSize) {
+      range.add(shared_.ranges[i / kWarps][i % kWarps]);
+    }
+    return range.of_warp();
   }
 
-  // Choose pages, and list those that this CTA attends to.
+  // This warp's tile in a place of its ring.
+  __device__ unsigned char* tile(const Place& place) const {
+    return tiles_ + (place.stage * kWarps + warp_) * kTileBytes;
+  }
+
+  // Wait for the tile that is used next.
+  __device__ void wait_for_tile() const {
+    shared_.arrived[warp_][used_.stage].wait(used_.parity);
+  }
+
+  // Choose pages, and list those that this CTA attends to in the place of their keys, which nobody
+  // needs any more once pages are chosen.
   __device__ void select() {
+    list_ = reinterpret_cast<int32_t*>(keys_);
     const auto list = [&](int i, int page) {
       if ((i & (ctas() - 1)) == rank_) list_[i >> log2_ctas_] = page;
     };
+    if (budget_ > 1) {
+      const auto key = [&](int page) { return keys_[page]; };
+      Selection<kThreads, decltype(key)> selection(shared_.selection, key, bitmap_,
+                                                   num_competing());
+      selection.choose(budget_ - 1, range_of_all(), list);
+    }
     if (threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
-    if (budget_ == 1) return;
-    Selection<kThreads> selection(shared_.selection, scores_, num_competing(), keys_, room_);
-    selection.for_each_chosen(selection.narrow(budget_ - 1), list);
+    __syncthreads();
   }
 
   // This CTA attends to pages rank, rank + ctas, ... of those chosen, or of all. Positions count
   // their tokens; only the last page can be partly filled.
   __device__ void attend() {
-    WarpAttention<T, kHeadSize, kGroupTiles> attention(shared_.query, p_.scale, p_.soft_cap);
+    Attention attention(shared_.query, p_.scale, p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_);
     const int num_ours = (num_attended - rank_ + ctas() - 1) >> log2_ctas_;
@@ -204,16 +296,20 @@ class ClusterDecode {
     const int unfilled = num_pages_ * p_.cache.page_size - seq_len_;
     tokens_ = num_ours * p_.cache.page_size - (has_newest ? unfilled : 0);
 
-    const int num_tiles = div_up(tokens_, kTileTokens);
-    int tile = warp_;
-    copy_tile(tile, num_tiles);
+    const int num_tiles = (tokens_ + kTileTokens - 1) / kTileTokens;
 #pragma unroll 1
-    for (; tile < num_tiles; tile += kWarps) {
-      wait_for_tile();
-      attention.attend(tile_, tokens_ - tile * kTileTokens);
-      __syncwarp();  // before copies overwrite the tile
-      copy_tile(tile + kWarps, num_tiles);
+    for (int next = warp_; next < num_tiles + stages_ * kWarps; next += kWarps) {
+      const int number = next - stages_ * kWarps;
+      if (number >= 0) {
+        wait_for_tile();
+        attention.attend(tile(used_), tokens_ - number * kTileTokens);
+        used_.advance(stages_);
+        __syncwarp();  // before copies overwrite the tile
+      }
+      if (next < num_tiles) copy_tile(next);
     }
+    wait_for_previous_kernel();
+    release_next_kernel();
     merge(attention);
   }
 
@@ -221,36 +317,37 @@ class ClusterDecode {
   __device__ void plan(int first_tile) {
     planned_ = first_tile;
     const int position = (first_tile + lane_ / 2 * kWarps) * kTileTokens + lane_ % 2 * kHalfTokens;
-    if (position >= tokens_) return;
-    const int page_size = p_.cache.page_size, ours = position / page_size;
-    const int page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
-    const int token = page * page_size + position - ours * page_size;
-    const int block = load_once(table_ + token / p_.cache.block_tokens);
-    planned_start_ = block * p_.cache.block_stride + head_ * p_.cache.head_stride +
-                     token % p_.cache.block_tokens * 2 * kHeadSize;
+    int page = 0;
+    if (position < tokens_) {
+      const int ours = divisors_.page_size.quotient(position);
+      page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
+      const PagePlace place = look_up(page);
+      const int row = (place.page - ours) * p_.cache.page_size + position;
+      planned_start_ = place.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
+                       row * 2 * kHeadSize;
+    }
+    if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
   }
 
   // Have this warp's tile copied. Lane 8 * half + token has a position; past the end it takes one
   // before it, whose logit is masked.
-  __device__ void copy_tile(int tile, int num_tiles) {
-    if (tile >= num_tiles) return;
+  __device__ void copy_tile(int number) {
     constexpr int kPlannedTiles = kWarpSize / 2;
-    if (planned_ < 0 || tile == planned_ + kPlannedTiles * kWarps) plan(tile);
-    const int lane = (tile - planned_) / kWarps * 2, rest = tokens_ - tile * kTileTokens;
+    if (planned_ < 0 || number == planned_ + kPlannedTiles * kWarps) plan(number);
+    const int lane = (number - planned_) / kWarps * 2, rest = tokens_ - number * kTileTokens;
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
-    copy_tile_of<kHeadSize>(tile_,
+    copy_tile_of<kHeadSize>(tile(copied_),
                             static_cast<const T*>(p_.cache.data) + start + token * 2 * kHeadSize,
-                            rest >= kTileTokens, shared_.arrived[warp_]);
+                            rest >= kTileTokens, shared_.arrived[warp_][copied_.stage]);
+    copied_.advance(stages_);
   }
 
   // Merge what the warps found, then what the CTAs found: each merges a share of the elements
   // [group_size, head_size], which the others send it.
-  __device__ void merge(const WarpAttention<T, kHeadSize, kGroupTiles>& attention) {
-    constexpr int kPitch = kHeadSize + 4;  // against bank conflicts
-    static_assert(8 * kGroupTiles * kPitch * sizeof(float) <= kTileBytes);
-    float* const values = reinterpret_cast<float*>(tile_);
+  __device__ void merge(const Attention& attention) {
+    float* const values = reinterpret_cast<float*>(tile(Place()));
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
 #pragma unroll
@@ -271,87 +368,78 @@ class ClusterDecode {
     }
     __syncthreads();
 
-    const int share = p_.group_size * kHeadSize >> log2_ctas_;
+    // Two elements a thread.
+#pragma unroll 1
     for (int i = 2 * threadIdx.x; i < p_.group_size * kHeadSize; i += 2 * kThreads) {
       const int head = i / kHeadSize, dim = i % kHeadSize;
-      float maximum = -INFINITY, sum = 0.0f;
-#pragma unroll
+      Merged<2> merged;
+#pragma unroll 2
       for (int warp = 0; warp < kWarps; ++warp) {
-        maximum = fmaxf(maximum, shared_.warp_weight[warp][head].x);
+        const auto* part = reinterpret_cast<const float*>(tiles_ + warp * kTileBytes);
+        merged.add(shared_.warp_weight[warp][head], part + head * kPitch + dim);
       }
-      float2 x = make_float2(0.0f, 0.0f);
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        const float2 weight = shared_.warp_weight[warp][head];
-        const float factor = rescale(weight.x, maximum);
-        const float2 y = *reinterpret_cast<const float2*>(
-            reinterpret_cast<const float*>(tiles_ + warp * kTileBytes) + head * kPitch + dim);
-        sum += weight.y * factor;
-        x.x += y.x * factor;
-        x.y += y.y * factor;
-      }
-      const int cta = i / share, element = i % share;
-      *reinterpret_cast<float2*>(of_cta(merged_, cta) + rank_ * share + element) = x;
+      const int cta = divisors_.share.quotient(i), element = i - cta * share();
+      const uint32_t barrier = address_in(&shared_.parts_arrived, cta);
+      send(address_in(merged_ + rank_ * share() + element, cta), barrier,
+           make_float2(merged.values[0], merged.values[1]));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
-        of_cta(&shared_, cta)->weight[rank_][head] = make_float2(maximum, sum);
+        send(address_in(&shared_.weight[rank_][head], cta), barrier,
+             make_float2(merged.maximum, merged.sum));
       }
     }
-    cluster_sync();
+    shared_.parts_arrived.wait(0);
 
-    for (int i = threadIdx.x; i < share; i += kThreads) {
-      const int element = rank_ * share + i, head = element / kHeadSize;
-      float maximum = -INFINITY, sum = 0.0f, x = 0.0f;
-#pragma unroll 4
+#pragma unroll 1
+    for (int i = threadIdx.x; i < share(); i += kThreads) {
+      const int element = rank_ * share() + i, head = element / kHeadSize;
+      Merged<1> merged;
+#pragma unroll 2
       for (int cta = 0; cta < ctas(); ++cta) {
-        maximum = fmaxf(maximum, shared_.weight[cta][head].x);
-      }
-#pragma unroll 4
-      for (int cta = 0; cta < ctas(); ++cta) {
-        const float2 weight = shared_.weight[cta][head];
-        const float factor = rescale(weight.x, maximum);
-        sum += weight.y * factor;
-        x += merged_[cta * share + i] * factor;
+        merged.add(shared_.weight[cta][head], merged_ + cta * share() + i);
       }
       T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
                      (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
-      *out = Element<T>::from_float(sum == 0.0f ? 0.0f : x / sum);  // 0 for a row without tokens
+      const float x = __fdividef(merged.values[0], merged.sum);
+      *out = Element<T>::from_float(merged.sum == 0.0f ? 0.0f : x);  // 0 for a row without tokens
     }
   }
 
   const SparseDecodeParams& p_;
+  const Divisors& divisors_;
+  const bool follows_write_kv_;
   Memory& shared_;
+  float* const merged_;          // [CTAs, a share of the elements]
   unsigned char* const tiles_;
-  unsigned char* const tile_;  // this warp's
-  uint32_t* const keys_;
-  const int room_;
-  float* const merged_;  // [CTAs, a share of the elements]
+  const int stages_;
+  uint32_t* const keys_;         // [num_competing], of all CTAs
+  uint32_t* const bitmap_;
   const int lane_, warp_, r_, c_;
 
   const int log2_ctas_, rank_;  // of the cluster
   const int row_, head_;
   const int seq_len_, budget_, num_pages_;
   const int32_t* const table_;
-  float* const scores_;
 
-  int32_t* list_;                      // of pages that this CTA attends to
-  int next_block_ = 0, next_row_ = 0;  // where this lane's next page's bounds lie
-  uint32_t parity_ = 0;                // of the tile's next phase
-  int tokens_ = 0;                     // that this CTA attends to
-  int planned_ = -1;                   // the first planned tile
-  int64_t planned_start_ = 0;          // of this lane's planned half in the cache, in elements
+  int32_t* list_ = nullptr;    // of pages that this CTA attends to
+  Place copied_, used_;        // the next tiles of this warp
+  int tokens_ = 0;             // that this CTA attends to
+  int planned_ = -1;           // the first planned tile
+  int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
 };
 
 template <typename T, int kHeadSize, int kGroupTiles>
 __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThreads,
                                   kResident<kHeadSize, kGroupTiles>)
-    cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p, int log2_ctas, int room) {
+    cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p,
+                          const __grid_constant__ Divisors divisors, int log2_ctas, int stages,
+                          int room) {
   // grid: [rows, KV heads, CTAs of a cluster], then CTAs for long dense rows.
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const Rows& rows = p.decode.rows;
   const int clustered = rows.num_rows * p.decode.cache.num_kv_heads << log2_ctas;
-  if (static_cast<int>(blockIdx.x) >= clustered) {
+  if (static_cast<int>(blockIdx.x) >= clustered) [[unlikely]] {
     using Split = SplitDecode<T, kHeadSize, kGroupTiles>;
     const auto is_ours = [&](int row) {
       return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
@@ -365,12 +453,14 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
                   is_ours);
     return;
   }
-  ClusterDecode<T, kHeadSize, kGroupTiles> decode(p, shared_memory, log2_ctas, room);
-  const bool is_ours = decode.is_ours();
-  if (is_ours) decode.prepare();
-  wait_for_previous_kernel();
-  release_next_kernel();
-  if (is_ours) decode.run();
+  ClusterDecode<T, kHeadSize, kGroupTiles> decode(p, divisors, shared_memory, log2_ctas, stages,
+                                                  room);
+  if (decode.is_ours()) {
+    decode.run();
+  } else {
+    wait_for_previous_kernel();
+    release_next_kernel();
+  }
 #endif
 }
 
@@ -381,8 +471,10 @@ struct Launcher {
   static constexpr auto kernel =
       cluster_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles>;
 
-  // What the current device has room for.
+  // What the current device has room for, where `stages` tiles a warp and as many CTAs as that leaves
+  // room for share a multiprocessor.
   struct Limits {
+    int stages;
     int shared_bytes;                   // of a CTA
     int clusters[kMaxClusterLog2 + 1];  // at a time, by log2 of their CTAs
   };
@@ -403,22 +495,30 @@ struct Launcher {
     return config;
   }
 
-  static const Limits& limits() {
-    static const Limits found = find_limits();
+  // One tile a warp, so that two CTAs share a multiprocessor.
+  static const Limits& shared() {
+    static const Limits found = find_limits(1, kResident<M::kHeadSize, M::kGroupTiles>);
     return found;
   }
 
-  static Limits find_limits() {
-    Limits limits = {};
-    limits.shared_bytes = shared_memory_for(kernel, kResident<M::kHeadSize, M::kGroupTiles>);
-    if (limits.shared_bytes < Decode::kFixedBytes ||
-        limits.shared_bytes < Split::shared_bytes(1, kMaxRows)) {
-      return {};
+  // Two tiles a warp.
+  static const Limits& alone() {
+    static const Limits found = find_limits(kRing, 1);
+    return found;
+  }
+
+  static Limits find_limits(int stages, int resident) {
+    Limits limits = {.stages = stages};
+    const int bytes = shared_memory_for(kernel, resident);
+    shared_memory_for(kernel, 1);  // allow it the most, whichever limits are found last
+    if (bytes < Decode::fixed_bytes(stages) || bytes < Split::shared_bytes(1, kMaxRows)) {
+      return limits;
     }
+    limits.shared_bytes = bytes;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     for (int log2_ctas = 0; log2_ctas <= kMaxClusterLog2; ++log2_ctas) {
       cudaLaunchAttribute attributes[2];
-      const auto one = config(1, log2_ctas, limits.shared_bytes, nullptr, attributes);
+      const auto one = config(1, log2_ctas, bytes, nullptr, attributes);
       if (cudaOccupancyMaxActiveClusters(&limits.clusters[log2_ctas], kernel, &one) !=
           cudaSuccess) {
         limits.clusters[log2_ctas] = 0;
@@ -428,24 +528,26 @@ struct Launcher {
     return limits;
   }
 
-  // Keys that shared memory has room for, in whole blocks.
-  static int room() {
-    if (limits().clusters[0] == 0) return 0;
-    const int keys = (limits().shared_bytes - Decode::kFixedBytes) / int{sizeof(uint32_t)};
-    return keys / Decode::kBlock * Decode::kBlock;
+  static int room(const Limits& limits) {
+    return limits.clusters[0] == 0 ? 0 : Decode::room(limits.shared_bytes, limits.stages);
   }
 
-  // In the largest clusters that all run at once.
+  // In the largest clusters that all run at once; with two tiles a warp where these fit as well.
   static cudaError_t launch(const ClusterDecodeParams& params, cudaStream_t stream) {
-    const Limits& limits = Launcher::limits();
-    if (limits.clusters[0] == 0) return cudaErrorInvalidConfiguration;
     const int pairs = params.decode.rows.num_rows * params.decode.cache.num_kv_heads;
     int log2_ctas = 0;
-    while (log2_ctas < kMaxClusterLog2 && limits.clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
+    while (log2_ctas < kMaxClusterLog2 && shared().clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
+    const Limits& limits = alone().clusters[log2_ctas] >= pairs ? alone() : shared();
+    if (limits.clusters[0] == 0) return cudaErrorInvalidConfiguration;
     const int more = max_decode_ctas() >> log2_ctas;  // for long dense rows
+    const KvCache& cache = params.decode.cache;
+    const Divisors divisors = {Divisor(cache.page_size), Divisor(cache.pages_per_block),
+                               Divisor(cache.num_kv_heads),
+                               Divisor(params.decode.group_size * M::kHeadSize >> log2_ctas)};
     cudaLaunchAttribute attributes[2];
     const auto all = config(pairs + more, log2_ctas, limits.shared_bytes, stream, attributes);
-    return cudaLaunchKernelEx(&all, kernel, params, log2_ctas, room());
+    return cudaLaunchKernelEx(&all, kernel, params, divisors, log2_ctas, limits.stages,
+                              room(limits));
   }
 };
 
@@ -455,7 +557,8 @@ int max_cluster_pages(const KvCache& cache, int group_size) {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
   int pages = 0;
   for_shape(cache, group_size, [&](auto shape) {
-    pages = Launcher<decltype(shape)>::room();
+    using Launcher = cuda::Launcher<decltype(shape)>;
+    pages = std::min(Launcher::room(Launcher::shared()), Launcher::room(Launcher::alone()));
     return cudaSuccess;
   });
   return pages;

@@ -19,6 +19,7 @@ struct KvCache {
   int head_size;
   int block_tokens;
   int page_size;
+  int pages_per_block;
 };
 
 struct Rows {
@@ -59,6 +60,7 @@ struct SelectParams {
   int64_t pages_row_stride, pages_head_stride;
   int num_rows;
   int num_kv_heads;
+  int max_pages;
   int page_size;
 };
 
@@ -83,10 +85,8 @@ struct SparseDecodeParams {
 };
 
 struct ClusterDecodeParams {
-  SparseDecodeParams decode;
-  float* scores;   // scratch: [num_rows, num_kv_heads, max_pages]
-  int32_t* pages;  // scratch: decode.pages
-  int64_t scores_row_stride, scores_head_stride;
+  SparseDecodeParams decode;  // without pages
+  bool follows_write_kv;      // in the stream; all else that is read was there before that
 };
 
 }  // namespace quest::cuda

@@ -12,6 +12,12 @@ namespace quest::cuda {
 // would attend to it for long.
 constexpr int kLongDenseTokens = 8192;
 
+// The budget of rows that fit it and that may read what other rows write in the same step.
+constexpr int kUnsettledPages = INT32_MAX - 1;
+
+// Pages to which a step of one request writes at most: its own token, and those it speculates.
+constexpr int kGrowingPages = 16;
+
 __host__ __device__ constexpr int div_up(int n, int d) { return n / d + (n % d != 0); }
 
 __device__ __forceinline__ bool over_budget(int seq_len, int budget_pages, int page_size) {

@@ -81,7 +81,7 @@ class Score {
     return tiles_ + (place.stage * kWarps + warp_) * Tile::kBytes;
   }
 
-  // Look up where a chunk's tile lies: a lane one page. Beyond the last, look at it again.
+  // Look up where a chunk's tile lies.
   __device__ void look_up(int number) {
     if (number >= end_) return;
     if (number == begin_ || number == next_.first + next_.count) next_ = schedule_.segment(number);
@@ -89,29 +89,27 @@ class Score {
     const int first_page = (number - next_.first) * kChunkPages + warp_ * kTilePages;
     has_next_ = first_page < pages;
     if (!has_next_) return;
-    const int pages_per_block = p_.cache.block_tokens / p_.cache.page_size;
-    const int page = min(first_page + lane_ % kTilePages, pages - 1);
-    next_row_ = p_.cache.block_tokens + page % pages_per_block;
+    const int page = bounds_page<kHeadSize>(first_page, pages);
+    next_page_ = page % p_.cache.pages_per_block;
     next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
-                            page / pages_per_block);
+                            page / p_.cache.pages_per_block);
   }
 
   // Have this warp's tile of a chunk copied.
   __device__ void copy_tile(int number) {
     if (has_next_) {
-      const T* from = static_cast<const T*>(p_.cache.data) + next_block_ * p_.cache.block_stride +
-                      next_.head * p_.cache.head_stride + next_row_ * 2 * kHeadSize;
-      copy_bounds<kHeadSize>(tile(copied_), from, shared_.arrived[warp_][copied_.stage]);
+      copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, next_.head, next_block_, next_page_,
+                                shared_.arrived[warp_][copied_.stage]);
       copied_.advance(kStages);
     }
     look_up(number + 1);
   }
 
-  // Repeat heads where there are too few: the maximum stays the same.
+  // Repeat the last head where there are too few: the maximum stays the same.
   __device__ void load_query(const Segment& segment) {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
-      const int head = segment.head * p_.group_size + (tile * 8 + r_) % p_.group_size;
+      const int head = segment.head * p_.group_size + min(tile * 8 + r_, p_.group_size - 1);
       const T* query = static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
                        head * p_.query_head_stride;
 #pragma unroll
@@ -123,9 +121,10 @@ class Score {
 
   __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
                              int pages) const {
-    const float2 scores = score_pages<T, kHeadSize, kGroupTiles>(tile, query_);
+    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs>(
+        tile, [&](int group, int j) { return query_[group][j]; });
     // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
-    const int page = first_page + 8 * c_ + r_;
+    const int page = first_page + 8 * c_ + Tile::page_of_row(r_);
     if (c_ < 2 && page < pages) {
       p_.scores[segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride + page] =
           c_ == 0 ? scores.x : scores.y;
@@ -142,7 +141,7 @@ class Score {
   Place copied_, scored_;  // the next tiles of this warp
   Segment next_;           // of the tile to be copied next
   bool has_next_ = false;
-  int next_block_ = 0, next_row_ = 0;
+  int next_block_ = 0, next_page_ = 0;  // where this lane's page of it lies
 
   Vec query_[kGroupTiles][kVecs];  // query head r of each group tile
 };

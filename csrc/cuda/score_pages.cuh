@@ -5,69 +5,94 @@
 #pragma once
 
 #include "device.cuh"
+#include "params.h"
 #include "tiles.cuh"
 
 namespace quest::cuda {
 
 constexpr int kTilePages = 16;
 
-// 16 pages' bounds that a warp has copied to shared memory, a row each. Rows lie apart, so that
-// lanes with different r read different places modulo 128 bytes.
+// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of 4
+// neighbouring pages one after another, these are copied at once. The next 4 lie 16 bytes further
+// on, modulo 128, so that lanes with neighbouring r read different places.
 template <int kHeadSize>
 struct BoundsTile {
   static constexpr int kRowBytes = 4 * kHeadSize;  // minimum and maximum
-  static constexpr int kPitch = kRowBytes + 16;
-  static constexpr int kBytes = kTilePages * kPitch;
+  static constexpr int kGroupPages = 4;
+  static constexpr int kGroupPitch = kGroupPages * kRowBytes + 16;
+  static constexpr int kBytes = kTilePages / kGroupPages * kGroupPitch;
+
+  // To the matrix unit, this is the page of row r, and 8 more that of row r + 8.
+  static __device__ constexpr int page_of_row(int r) { return r % 2 * kGroupPages + r / 2; }
+
+  static __device__ constexpr int offset(int page) {
+    return page / kGroupPages * kGroupPitch + page % kGroupPages * kRowBytes;
+  }
 };
 
-// A warp copies a tile in the background; lane l < 16 says where row l lies. A phase of the barrier
-// is over when they have arrived.
+// The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; in their
+// place it takes one that does, the first of a group.
 template <int kHeadSize>
-__device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const void* from,
-                                            Barrier& barrier) {
+__device__ __forceinline__ int bounds_page(int first_page, int num_pages) {
+  constexpr int kGroupPages = BoundsTile<kHeadSize>::kGroupPages;
+  const int page = first_page + static_cast<int>(threadIdx.x) % kTilePages;
+  return page < num_pages ? page : (num_pages - 1) / kGroupPages * kGroupPages;
+}
+
+// A warp copies a tile in the background; lane l < 16 says where the l-th page's bounds lie: those
+// of the `page`-th page of a block. A phase of the barrier is over when they have arrived.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCache& cache,
+                                            int kv_head, int block, int page, Barrier& barrier) {
   using Tile = BoundsTile<kHeadSize>;
+  const T* from = static_cast<const T*>(cache.data) + block * cache.block_stride +
+                  kv_head * cache.head_stride + (cache.block_tokens + page) * 2 * kHeadSize;
   const int lane = threadIdx.x % kWarpSize;
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
 #if __CUDA_ARCH__ >= 900
   if (lane == 0) barrier.expect(kTilePages * Tile::kRowBytes);
   __syncwarp();
-  if (lane < kTilePages) copy_bulk(to + lane * Tile::kPitch, from, Tile::kRowBytes, barrier);
+  const bool in_groups = cache.pages_per_block % Tile::kGroupPages == 0;
+  const int pages = in_groups ? Tile::kGroupPages : 1;
+  if (lane < kTilePages && lane % pages == 0) {
+    copy_bulk(to + Tile::offset(lane), from, pages * Tile::kRowBytes, barrier);
+  }
 #else
   constexpr int kVecs = Tile::kRowBytes / sizeof(Vec);
 #pragma unroll
   for (int i = 0; i < kTilePages * kVecs / kWarpSize; ++i) {
     const int row = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
     const auto row_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), row);
-    copy_vec(to + row * Tile::kPitch + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
+    copy_vec(to + Tile::offset(row) + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
   }
   barrier.arrive_when_copied();
 #endif
 }
 
-// A warp scores the 16 pages of a tile. `query[g][j]` of lane 4 * r + c: vector vec_of(j, c) of
+// A warp scores the 16 pages of a tile. `query(g, j)`, of lane 4 * r + c: vector vec_of(j, c) of
 // query head 8 * g + r; heads are repeated where there are too few, so that the maximum over all
-// stays the same. All lanes with the same r get the scores of pages r (x) and r + 8 (y).
-template <typename T, int kHeadSize, int kGroupTiles>
-__device__ __forceinline__ float2 score_pages(const unsigned char* tile,
-                                              const Vec (&query)[kGroupTiles][kHeadSize / 32]) {
+// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the 8th
+// after it (y).
+template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, typename Query>
+__device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
   using Tile = BoundsTile<kHeadSize>;
   constexpr int kVecs = kHeadSize / 32;
   // Multiply: minima with low, maxima with high.
   const int lane = threadIdx.x % kWarpSize, c = lane % 4;
-  const unsigned char* rows = tile + lane / 4 * Tile::kPitch;
+  const unsigned char* rows = tile + Tile::offset(Tile::page_of_row(lane / 4));
   float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
-#pragma unroll
+#pragma unroll kUnroll
   for (int j = 0; j < kVecs; ++j) {
     Vec bounds[2][2];  // of rows r and r + 8
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto* row = reinterpret_cast<const Vec*>(rows + half * 8 * Tile::kPitch);
+      const auto* row = reinterpret_cast<const Vec*>(rows + half * Tile::offset(8));
       bounds[half][0] = row[vec_of<kHeadSize>(j, c)];
       bounds[half][1] = row[kHeadSize / Vec::kElements + vec_of<kHeadSize>(j, c)];
     }
 #pragma unroll
     for (int group = 0; group < kGroupTiles; ++group) {
-      const Vec& q = query[group][j];
+      const Vec q = query(group, j);
 #pragma unroll
       for (int w = 0; w < 4; w += 2) {
 #pragma unroll

@@ -12,16 +12,20 @@ namespace quest::cuda {
 namespace {
 
 constexpr int kThreadsResident = 1024;  // of a multiprocessor: leaves 64 registers each
+constexpr int kLoads = 8;             // of a thread, in flight
 constexpr int kMaxKeys = 16384;  // that shared memory is asked to keep; more are loaded every time
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     select_kernel(const __grid_constant__ SelectParams p, int room) {
   // grid: [CTAs that the GPU holds]; a CTA selects for its share of the (row, KV head) pairs.
-  // In shared memory: keys [room], row_end [num_rows].
+  // In shared memory: keys [room], bitmap, row_end [num_rows].
   extern __shared__ __align__(16) uint32_t keys[];
+  constexpr int kWarps = kThreads / kWarpSize;
   __shared__ SelectionMemory<kThreads> shared;
-  int* row_end = reinterpret_cast<int*>(keys + room);
+  __shared__ KeyRange ranges[kWarps];
+  uint32_t* bitmap = keys + room;
+  int* row_end = reinterpret_cast<int*>(bitmap + bitmap_words(p.max_pages));
 
   const Schedule schedule = Schedule::build<kThreads>(
       gridDim.x, p.num_rows, p.num_kv_heads, row_end,
@@ -42,10 +46,36 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     // The newest page comes last whatever its score; the others compete.
     if (threadIdx.x == 0) pages[budget - 1] = newest;
     if (budget == 1) continue;
-    Selection<kThreads> selection(shared, scores, newest, keys, room);
-    selection.for_each_chosen(selection.narrow(budget - 1),
-                              [&](int i, int page) { pages[i] = page; });
-    __syncthreads();  // before the next one's keys and histogram
+
+    // Find the range of the keys, and keep them.
+    const bool keeps_keys = newest <= room;
+    KeyRange range = KeyRange::of_none();
+    for (int first = threadIdx.x; first < newest; first += kLoads * kThreads) {
+      float score[kLoads];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        score[k] = load_once(scores + min(first + k * kThreads, newest - 1));
+      }
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+        const uint32_t key = key_of(score[k]);
+        range.add(key);
+        if (keeps_keys) keys[min(first + k * kThreads, newest - 1)] = key;
+      }
+    }
+    range = range.of_warp();
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0) ranges[threadIdx.x / kWarpSize] = range;
+    shared.clear();
+    __syncthreads();
+    range = lane < kWarps ? ranges[lane] : KeyRange::of_none();
+
+    const auto key = [&](int page) {
+      return keeps_keys ? keys[page] : key_of(load_once(scores + page));
+    };
+    Selection<kThreads, decltype(key)> selection(shared, key, bitmap, newest);
+    selection.choose(budget - 1, range.of_warp(), [&](int i, int page) { pages[i] = page; });
+    __syncthreads();  // before the next one's keys and counts
   }
 }
 
@@ -53,11 +83,11 @@ template <int kThreads>
 cudaError_t launch_select(const SelectParams& params, cudaStream_t stream) {
   constexpr int kCtas = kThreadsResident / kThreads;  // to each multiprocessor
   static const int shared_bytes = shared_memory_for(select_kernel<kThreads>, kCtas);
-  const int rows_bytes = params.num_rows * sizeof(int);
-  const int room = std::min<int>(kMaxKeys, (shared_bytes - rows_bytes) / sizeof(uint32_t));
+  const int other_bytes = (bitmap_words(params.max_pages) + params.num_rows) * sizeof(int);
+  const int room = std::min<int>(kMaxKeys, (shared_bytes - other_bytes) / int{sizeof(uint32_t)});
   if (room < 0) return cudaErrorInvalidConfiguration;
   const int ctas = std::min(params.num_rows * params.num_kv_heads, kCtas * num_multiprocessors());
-  return launch(select_kernel<kThreads>, ctas, kThreads, room * sizeof(uint32_t) + rows_bytes,
+  return launch(select_kernel<kThreads>, ctas, kThreads, room * sizeof(uint32_t) + other_bytes,
                 stream, params, room);
 }
 

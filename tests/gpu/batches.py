@@ -104,20 +104,19 @@ class Batch:
         )
         return self.out
 
-    def cluster_decode(self) -> Tensor:
+    def cluster_decode(self, *, follows_write_kv: bool = False) -> Tensor:
         ops.cluster_decode(
             self.query,
             self.kv_cache,
             self.block_table,
             self.seq_lens,
             self.budgets,
-            self.scores,
-            self.pages,
             self.shape.page_size,
             self.scale,
             self.soft_cap,
             self.out,
             self.workspace,
+            follows_write_kv=follows_write_kv,
         )
         return self.out
 

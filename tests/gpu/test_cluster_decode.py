@@ -61,11 +61,54 @@ def test_one_long_row() -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), [131072], 128, DEVICE))
 
 
-@pytest.mark.large
-def test_more_keys_than_shared_memory_holds() -> None:
+def test_tables_wider_than_shared_memory_are_refused() -> None:
     pages = ops.max_cluster_pages(4, 128, DEVICE)
     assert pages >= (1 << 17) // 16
-    assert decodes_alike(make_batch(Shape(num_kv_heads=1), [16 * pages + 5000, 20], 128, DEVICE))
+    batch = make_batch(Shape(), [20], 4, DEVICE, max_tokens=16 * pages + 16)
+    with pytest.raises(RuntimeError, match=f"block_table may hold {pages} pages a row"):
+        batch.cluster_decode()
+
+
+@pytest.mark.parametrize("pages_per_block", [2, 3, 4, 8])
+def test_blocks_of_several_pages(pages_per_block: int) -> None:
+    shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
+    lengths = [1, 15, 16, 17, 300, 2047, 2048, 2049, 5000]
+    assert decodes_alike(make_batch(shape, lengths, 20, DEVICE))
+
+
+def test_tables_longer_than_shared_memory_keeps() -> None:
+    assert decodes_alike(make_batch(Shape(page_size=8), [20_000, 300], 40, DEVICE))
+
+
+@pytest.mark.parametrize("pages_per_block", [1, 8])
+@pytest.mark.parametrize("budget", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
+def test_decoding_beside_the_write_reads_what_is_written(budget: int, pages_per_block: int) -> None:
+    """In a graph, as in a model: each step's new keys and values are in its result."""
+    shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
+    lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650]
+    batch = make_batch(shape, lengths, budget, DEVICE)
+    last = batch.seq_lens.long() - 1
+    rows = torch.arange(len(lengths), device=DEVICE)
+    slots = batch.block_table[rows, last // shape.block_tokens].long() * shape.block_tokens
+    slots += last % shape.block_tokens
+    new = torch.randn(2, len(lengths), 4, shape.head_size, device=DEVICE).to(shape.dtype)
+
+    def step() -> None:
+        ops.write_kv(new[0], new[1], batch.kv_cache, slots, shape.page_size)
+        batch.cluster_decode(follows_write_kv=True)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            step()
+    for _ in range(5):
+        new.normal_()
+        batch.query.normal_()
+        batch.out.fill_(torch.nan)
+        graph.replay()
+        beside = batch.out.clone()
+        assert same_bits(batch.cluster_decode(), beside)
 
 
 def test_rows_have_budgets_of_their_own() -> None:

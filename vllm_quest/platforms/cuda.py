@@ -56,10 +56,9 @@ class BatchPlanner:
         num_rows = max(
             scheduler.max_num_seqs * tokens_per_decode, compilation.max_cudagraph_capture_size or 0
         )
-        blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
-        # vLLM rounds its tables up, so that rows end on 128 bytes or so: leave room.
         quest = QuestConfig.from_vllm(vllm_config)
-        pages = (blocks + 128) * spec.block_size // quest.page_size
+        self.max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
+        pages = self.max_blocks * spec.block_size // quest.page_size
         rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
         rows_per_pass = max(1, min(rows_per_pass, num_rows))
         scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
@@ -70,17 +69,21 @@ class BatchPlanner:
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
         group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
-        max_pages = blocks * spec.block_size // quest.page_size
-        self.in_clusters = max_pages <= ops.max_cluster_pages(group_size, spec.head_size, device)
+        self.in_clusters = (
+            pages <= ops.max_cluster_pages(group_size, spec.head_size, device)
+            and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
+        )
         if tokens_per_decode > 1:
             self.row_seq_lens = torch.zeros_like(self.budgets)
-            self.row_tables = torch.zeros(num_rows, blocks + 128, dtype=torch.int32, device=device)
+            table_shape = (num_rows, self.max_blocks)
+            self.row_tables = torch.zeros(table_shape, dtype=torch.int32, device=device)
 
     def decode_rows(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodeRows:
         """Lay out the rows of the batch's decodes."""
         num_requests = len(decodes.query_lens)
         seq_lens = batch.seq_lens[:num_requests]
-        block_table = batch.block_table_tensor[:num_requests]
+        # vLLM rounds its tables up.
+        block_table = batch.block_table_tensor[:num_requests, : self.max_blocks]
         budgets = decodes.budgets
         if not decodes.one_row_each:
             request = decodes.request_of_row()
