@@ -239,9 +239,8 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
 }
 
 inline Sizes check_decode(const char* op, Device device, const Tensor& query,
-                          const Tensor& kv_cache, const Tensor& block_table,
-                          const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
-                          const Tensor& out) {
+                          const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
+                          const Tensor& budgets, int64_t page_size, const Tensor& out) {
   const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},

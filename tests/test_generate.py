@@ -1,7 +1,7 @@
 """QUEST inside vLLM, offline: whatever batches vLLM makes, the answers are right.
 
 With a budget that covers the context QUEST must answer as dense attention does, token for token.
-Random weights in fp32 leave no near-ties between tokens, so that equality is a fair demand.
+Random weights in fp32 leave hardly a near-tie between tokens, so that equality is a fair demand.
 """
 
 import os

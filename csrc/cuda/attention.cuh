@@ -59,8 +59,8 @@ __device__ __forceinline__ float rescale(float maximum, float new_maximum) {
   return maximum == -INFINITY ? 0.0f : exp2_fast(maximum - new_maximum);
 }
 
-// `kKeyUnroll`: of the loop over a key. 1 makes the code shorter, for those who run through it a few
-// times only and wait for it to be fetched.
+// `kKeyUnroll`: of the loop over a key. 1 makes the code shorter, for those who run through it a
+// few times only and wait for it to be fetched.
 template <typename T, int kHeadSize, int kGroupTiles, int kKeyUnroll = kHeadSize / 32>
 class WarpAttention {
  public:

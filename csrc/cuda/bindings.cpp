@@ -266,9 +266,9 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
     params.query = row_of(query, row);
     params.out = row_of(out, row);
-    check_launch(op, cluster_decode(
-                         {.decode = params, .follows_write_kv = follows_write_kv && row == 0},
-                         current_stream(kv_cache)));
+    check_launch(
+        op, cluster_decode({.decode = params, .follows_write_kv = follows_write_kv && row == 0},
+                           current_stream(kv_cache)));
   });
 }
 

@@ -45,29 +45,27 @@ __device__ __forceinline__ uint32_t address_in(const void* shared, int rank) {
 #endif
 }
 
-// Write to another CTA's shared memory. Its `barrier` counts the bytes: the write has arrived when
-// all that it expects have. No fence is needed, which would wait for device memory as well.
-__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, uint32_t x) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
-                   to),
-               "r"(x), "r"(barrier)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, uint32_t x, uint32_t y) {
+// Write to another CTA's shared memory, of a cluster of several. Its `barrier` counts the bytes:
+// the write has arrived when all that it expects have. No fence is needed, which would wait for
+// device memory as well.
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, const uint2& x) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(
-          to),
-      "r"(x), "r"(y), "r"(barrier)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, "
+      "[%3];" ::"r"(to),
+      "r"(x.x), "r"(x.y), "r"(barrier)
       : "memory");
 #endif
 }
 
-__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float2 pair) {
-  send(to, barrier, __float_as_uint(pair.x), __float_as_uint(pair.y));
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, const uint4& x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+      : "memory");
+#endif
 }
 
 }  // namespace quest::cuda

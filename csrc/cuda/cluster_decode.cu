@@ -1,10 +1,10 @@
 // cluster_decode: score, select and sparse_decode in one launch, a cluster of CTAs for each
 // (row, KV head).
 //
-// Each CTA scores its share of the pages, and sends the scores to all others. Then every CTA selects
-// for itself: that takes less time than to select together, which waits for the others again and
-// again, as long as all keys fit shared memory. Each attends to its share of the chosen pages, as
-// many as the others, and the results are merged over the cluster's shared memory.
+// Each CTA scores its share of the pages, and sends the scores to all others. Then every CTA
+// selects for itself: that takes less time than to select together, which waits for the others
+// again and again, as long as all keys fit shared memory. Each attends to its share of the chosen
+// pages, as many as the others, and the results are merged over the cluster's shared memory.
 //
 // A step writes to the newest pages alone. So a launch that directly follows write_kv begins while
 // that still runs, and waits for it only where it comes to those pages.
@@ -47,9 +47,9 @@ struct ClusterMemory {
   static constexpr int kWarps = kRings<kHeadSize>, kHeads = 8 * kGroupTiles;
 
   GroupQuery<kHeadSize, kGroupTiles> query;
-  Barrier arrived[kWarps][kRing];       // a warp's tiles
-  Barrier scores_arrived;               // from all CTAs: keys, ranges
-  Barrier parts_arrived;                // from all CTAs: merged, weight
+  Barrier arrived[kWarps][kRing];            // a warp's tiles
+  Barrier scores_arrived;                    // from all CTAs: keys, ranges
+  Barrier parts_arrived;                     // from all CTAs: merged, weight
   KeyRange ranges[kMaxClusterCtas][kWarps];  // of the keys of each CTA's warps
   SelectionMemory<kWarps * kWarpSize> selection;
   int32_t table[kTableEntries];
@@ -83,21 +83,23 @@ class ClusterDecode {
   static constexpr int kWarps = Memory::kWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles, 1>;
+  using Bounds = BoundsTile<kHeadSize>;
+  static constexpr int kKeysOfMessage = 4;
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.
   static constexpr int kPitch = kHeadSize + 4;
   static constexpr int kPartBytes = 8 * kGroupTiles * kPitch * sizeof(float);
-  static constexpr int kTileBytes =
-      std::max({Tile::kBytes, BoundsTile<kHeadSize>::kBytes, kPartBytes});
+  static constexpr int kTileBytes = std::max({Tile::kBytes, Bounds::kBytes, kPartBytes});
 
   // Of dynamic shared memory: [Memory, merged [group_size, head_size], tiles [stages, kWarps],
-  // keys [room], bitmap of as many pages].
+  // keys [room], bitmap [key_groups(room)]].
   static constexpr int kMergedBytes = 8 * kGroupTiles * kHeadSize * sizeof(float);
   __host__ __device__ static constexpr int fixed_bytes(int stages) {
     return sizeof(Memory) + kMergedBytes + stages * kWarps * kTileBytes;
   }
   static constexpr int room(int shared_bytes, int stages) {
-    return (shared_bytes - fixed_bytes(stages)) / (kWarpSize + 1) / 4 * kWarpSize;
+    constexpr int kGroupBytes = kGroupKeys * sizeof(uint32_t) + sizeof(uint4);
+    return (shared_bytes - fixed_bytes(stages)) / kGroupBytes * kGroupKeys;
   }
 
   __device__ ClusterDecode(const ClusterDecodeParams& params, const Divisors& divisors,
@@ -110,7 +112,7 @@ class ClusterDecode {
         tiles_(shared_memory + sizeof(Memory) + kMergedBytes),
         stages_(stages),
         keys_(reinterpret_cast<uint32_t*>(shared_memory + fixed_bytes(stages))),
-        bitmap_(keys_ + room),
+        bitmap_(reinterpret_cast<uint4*>(keys_ + room)),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
@@ -153,7 +155,7 @@ class ClusterDecode {
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
       score();
-      shared_.scores_arrived.wait(0);
+      wait_for(shared_.scores_arrived);
       select();
     }
     attend();
@@ -181,13 +183,31 @@ class ClusterDecode {
     shared_.scores_arrived.init();
     shared_.parts_arrived.init();
     if (is_sparse()) {
-      shared_.scores_arrived.expect(num_competing() * sizeof(uint32_t) +
+      const int num_messages = (num_competing() + kKeysOfMessage - 1) / kKeysOfMessage;
+      shared_.scores_arrived.expect(num_messages * sizeof(uint4) +
                                     (kWarps << log2_ctas_) * sizeof(KeyRange));
     }
     const int first = rank_ * share(), last = first + share() - 1;
     const int num_heads = last / kHeadSize - first / kHeadSize + 1;
     shared_.parts_arrived.expect((share() * sizeof(float) + num_heads * sizeof(float2))
                                  << log2_ctas_);
+  }
+
+  // Write what a CTA, this one or another, is to have at `to`. All have it after wait_for(barrier).
+  template <typename Message, typename Place>
+  __device__ void tell(int cta, Place* to, const Barrier& barrier, const Message& message) const {
+    if (log2_ctas_ == 0) {
+      *reinterpret_cast<Message*>(to) = message;
+    } else {
+      send(address_in(to, cta), address_in(&barrier, cta), message);
+    }
+  }
+  __device__ void wait_for(const Barrier& barrier) const {
+    if (log2_ctas_ == 0) {
+      __syncthreads();
+    } else {
+      barrier.wait(0);
+    }
   }
 
   // Tiles of 16 pages are dealt to the CTAs in turn.
@@ -229,22 +249,28 @@ class ClusterDecode {
       __syncwarp();  // before copies overwrite the tile
       fetch_bounds(first + stages_ * tile_step());
 
-      // Let all CTAs know. Lanes with even c have the tile's first 8 pages, the others the next: two
-      // lanes have the same, and send it to half of the CTAs each.
-      const int half = c_ % 2;
-      const int page = first + 8 * half + BoundsTile<kHeadSize>::page_of_row(r_);
+      // Let all CTAs know the keys, 4 to a message. Lanes with c < 2 offer the tile's first 8
+      // pages, the others the next; lane 4 * r + c takes the c-th 4 pages, and sends them to CTAs
+      // r, r + 8.
+      const uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
+      if (first + c_ / 2 * 8 + Bounds::page_of_row(r_) < num_competing()) range.add(key);
+      uint32_t keys[kKeysOfMessage];
+#pragma unroll
+      for (int k = 0; k < kKeysOfMessage; ++k) {
+        keys[k] = __shfl_sync(kAllLanes, key, 4 * Bounds::row_of_page(c_ % 2 * 4 + k) + c_);
+      }
+      const int page = first + c_ * kKeysOfMessage;
       if (page >= num_competing()) continue;
-      const uint32_t key = key_of(half == 0 ? scores.x : scores.y);
-      range.add(key);
 #pragma unroll 1
-      for (int cta = c_ / 2; cta < ctas(); cta += 2) {
-        send(address_in(keys_ + page, cta), address_in(&shared_.scores_arrived, cta), key);
+      for (int cta = r_; cta < ctas(); cta += 8) {
+        tell(cta, keys_ + page, shared_.scores_arrived,
+             make_uint4(keys[0], keys[1], keys[2], keys[3]));
       }
     }
     range = range.of_warp();
     if (lane_ < ctas()) {
-      send(address_in(&shared_.ranges[rank_][warp_], lane_),
-           address_in(&shared_.scores_arrived, lane_), range.lowest, range.highest);
+      tell(lane_, &shared_.ranges[rank_][warp_], shared_.scores_arrived,
+           make_uint2(range.lowest, range.highest));
     }
   }
 
@@ -264,9 +290,7 @@ class ClusterDecode {
   }
 
   // Wait for the tile that is used next.
-  __device__ void wait_for_tile() const {
-    shared_.arrived[warp_][used_.stage].wait(used_.parity);
-  }
+  __device__ void wait_for_tile() const { shared_.arrived[warp_][used_.stage].wait(used_.parity); }
 
   // Choose pages, and list those that this CTA attends to in the place of their keys, which nobody
   // needs any more once pages are chosen.
@@ -323,8 +347,8 @@ class ClusterDecode {
       page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
       const PagePlace place = look_up(page);
       const int row = (place.page - ours) * p_.cache.page_size + position;
-      planned_start_ = place.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
-                       row * 2 * kHeadSize;
+      planned_start_ =
+          place.block * p_.cache.block_stride + head_ * p_.cache.head_stride + row * 2 * kHeadSize;
     }
     if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
   }
@@ -379,16 +403,15 @@ class ClusterDecode {
         merged.add(shared_.warp_weight[warp][head], part + head * kPitch + dim);
       }
       const int cta = divisors_.share.quotient(i), element = i - cta * share();
-      const uint32_t barrier = address_in(&shared_.parts_arrived, cta);
-      send(address_in(merged_ + rank_ * share() + element, cta), barrier,
-           make_float2(merged.values[0], merged.values[1]));
+      tell(cta, merged_ + rank_ * share() + element, shared_.parts_arrived,
+           make_uint2(__float_as_uint(merged.values[0]), __float_as_uint(merged.values[1])));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
-        send(address_in(&shared_.weight[rank_][head], cta), barrier,
-             make_float2(merged.maximum, merged.sum));
+        tell(cta, &shared_.weight[rank_][head], shared_.parts_arrived,
+             make_uint2(__float_as_uint(merged.maximum), __float_as_uint(merged.sum)));
       }
     }
-    shared_.parts_arrived.wait(0);
+    wait_for(shared_.parts_arrived);
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < share(); i += kThreads) {
@@ -409,11 +432,11 @@ class ClusterDecode {
   const Divisors& divisors_;
   const bool follows_write_kv_;
   Memory& shared_;
-  float* const merged_;          // [CTAs, a share of the elements]
+  float* const merged_;  // [CTAs, a share of the elements]
   unsigned char* const tiles_;
   const int stages_;
-  uint32_t* const keys_;         // [num_competing], of all CTAs
-  uint32_t* const bitmap_;
+  uint32_t* const keys_;  // [num_competing], of all CTAs
+  uint4* const bitmap_;
   const int lane_, warp_, r_, c_;
 
   const int log2_ctas_, rank_;  // of the cluster
@@ -471,8 +494,8 @@ struct Launcher {
   static constexpr auto kernel =
       cluster_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles>;
 
-  // What the current device has room for, where `stages` tiles a warp and as many CTAs as that leaves
-  // room for share a multiprocessor.
+  // What the current device has room for, where `stages` tiles a warp and as many CTAs as that
+  // leaves room for share a multiprocessor.
   struct Limits {
     int stages;
     int shared_bytes;                   // of a CTA

@@ -12,8 +12,8 @@ namespace quest::cuda {
 
 constexpr int kTilePages = 16;
 
-// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of 4
-// neighbouring pages one after another, these are copied at once. The next 4 lie 16 bytes further
+// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of
+// 4 neighbouring pages one after another, these are copied at once. The next 4 lie 16 bytes further
 // on, modulo 128, so that lanes with neighbouring r read different places.
 template <int kHeadSize>
 struct BoundsTile {
@@ -24,6 +24,9 @@ struct BoundsTile {
 
   // To the matrix unit, this is the page of row r, and 8 more that of row r + 8.
   static __device__ constexpr int page_of_row(int r) { return r % 2 * kGroupPages + r / 2; }
+  static __device__ constexpr int row_of_page(int page) {
+    return page % kGroupPages * 2 + page / kGroupPages;
+  }
 
   static __device__ constexpr int offset(int page) {
     return page / kGroupPages * kGroupPitch + page % kGroupPages * kRowBytes;
@@ -71,8 +74,8 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
 
 // A warp scores the 16 pages of a tile. `query(g, j)`, of lane 4 * r + c: vector vec_of(j, c) of
 // query head 8 * g + r; heads are repeated where there are too few, so that the maximum over all
-// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the 8th
-// after it (y).
+// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the
+// 8th after it (y).
 template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, typename Query>
 __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
   using Tile = BoundsTile<kHeadSize>;

@@ -12,20 +12,20 @@ namespace quest::cuda {
 namespace {
 
 constexpr int kThreadsResident = 1024;  // of a multiprocessor: leaves 64 registers each
-constexpr int kLoads = 8;             // of a thread, in flight
+constexpr int kLoads = 8;               // of a thread, in flight
 constexpr int kMaxKeys = 16384;  // that shared memory is asked to keep; more are loaded every time
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     select_kernel(const __grid_constant__ SelectParams p, int room) {
   // grid: [CTAs that the GPU holds]; a CTA selects for its share of the (row, KV head) pairs.
-  // In shared memory: keys [room], bitmap, row_end [num_rows].
+  // In shared memory: keys [room], bitmap [key_groups(max_pages)], row_end [num_rows].
   extern __shared__ __align__(16) uint32_t keys[];
   constexpr int kWarps = kThreads / kWarpSize;
   __shared__ SelectionMemory<kThreads> shared;
   __shared__ KeyRange ranges[kWarps];
-  uint32_t* bitmap = keys + room;
-  int* row_end = reinterpret_cast<int*>(bitmap + bitmap_words(p.max_pages));
+  uint4* bitmap = reinterpret_cast<uint4*>(keys + room);
+  int* row_end = reinterpret_cast<int*>(bitmap + key_groups(p.max_pages));
 
   const Schedule schedule = Schedule::build<kThreads>(
       gridDim.x, p.num_rows, p.num_kv_heads, row_end,
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     if (budget == 1) continue;
 
     // Find the range of the keys, and keep them.
-    const bool keeps_keys = newest <= room;
+    const bool keeps_keys = key_groups(newest) * kGroupKeys <= room;
     KeyRange range = KeyRange::of_none();
     for (int first = threadIdx.x; first < newest; first += kLoads * kThreads) {
       float score[kLoads];
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     range = lane < kWarps ? ranges[lane] : KeyRange::of_none();
 
     const auto key = [&](int page) {
-      return keeps_keys ? keys[page] : key_of(load_once(scores + page));
+      return keeps_keys ? keys[page] : key_of(load_once(scores + min(page, newest - 1)));
     };
     Selection<kThreads, decltype(key)> selection(shared, key, bitmap, newest);
     selection.choose(budget - 1, range.of_warp(), [&](int i, int page) { pages[i] = page; });
@@ -83,9 +83,11 @@ template <int kThreads>
 cudaError_t launch_select(const SelectParams& params, cudaStream_t stream) {
   constexpr int kCtas = kThreadsResident / kThreads;  // to each multiprocessor
   static const int shared_bytes = shared_memory_for(select_kernel<kThreads>, kCtas);
-  const int other_bytes = (bitmap_words(params.max_pages) + params.num_rows) * sizeof(int);
-  const int room = std::min<int>(kMaxKeys, (shared_bytes - other_bytes) / int{sizeof(uint32_t)});
-  if (room < 0) return cudaErrorInvalidConfiguration;
+  const int other_bytes =
+      key_groups(params.max_pages) * sizeof(uint4) + params.num_rows * sizeof(int);
+  const int free = std::min<int>(kMaxKeys, (shared_bytes - other_bytes) / int{sizeof(uint32_t)});
+  if (free < 0) return cudaErrorInvalidConfiguration;
+  const int room = free / kGroupKeys * kGroupKeys;
   const int ctas = std::min(params.num_rows * params.num_kv_heads, kCtas * num_multiprocessors());
   return launch(select_kernel<kThreads>, ctas, kThreads, room * sizeof(uint32_t) + other_bytes,
                 stream, params, room);

@@ -42,7 +42,13 @@ struct KeyRange {
   }
 };
 
-__host__ __device__ constexpr int bitmap_words(int num_pages) { return (num_pages + kWarpSize - 1) / kWarpSize; }
+// A warp looks at 128 pages at a time: lane l at pages l, l + 32, l + 64 and l + 96, so that each
+// of four votes fills a word of the bitmap.
+constexpr int kGroupWords = 4, kGroupKeys = kGroupWords * kWarpSize;
+
+__host__ __device__ constexpr int key_groups(int num_pages) {
+  return (num_pages + kGroupKeys - 1) / kGroupKeys;
+}
 
 template <int kThreads>
 struct SelectionMemory {
@@ -63,33 +69,29 @@ struct SelectionMemory {
   }
 };
 
-// What all threads of a CTA do together. `key(page)` is asked for every page's key several times.
+// What all threads of a CTA do together. `key(page)` is asked for every page's key several times,
+// and for those of pages up to the end of the last group, where it may return anything.
 template <int kThreads, typename Key>
 class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
 
-  // `bitmap`: scratch in shared memory, bitmap_words(num_pages).
-  __device__ Selection(SelectionMemory<kThreads>& shared, Key key, uint32_t* bitmap, int num_pages)
+  // `bitmap`: scratch in shared memory, [key_groups(num_pages)].
+  __device__ Selection(SelectionMemory<kThreads>& shared, Key key, uint4* bitmap, int num_pages)
       : shared_(shared),
         key_(key),
-        bitmap_(bitmap),
+        bitmap_(reinterpret_cast<uint32_t*>(bitmap)),
         num_pages_(num_pages),
-        words_(bitmap_words(num_pages)),
+        words_(key_groups(num_pages) * kGroupWords),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize) {}
 
-  // Chooses `count` pages, at least one and at most all, and calls f(i, page) for them, in ascending
-  // order from i = 0, each by one thread. `range`: of all keys.
+  // Chooses `count` pages, at least one and at most all, and calls f(i, page) for them, in
+  // ascending order from i = 0, each by one thread. `range`: of all keys.
   template <typename F>
   __device__ void choose(int count, const KeyRange& range, F f) {
     const Undecided undecided = narrow(count, range);
-    mark([&](int, uint32_t key) { return key > undecided.high; },
-         [&](int page, uint32_t key) {
-           if (undecided.is_few && key - undecided.low <= undecided.high - undecided.low) {
-             shared_.undecided[atomicAdd(&shared_.num_undecided, 1)] = value(key, page);
-           }
-         });
+    mark(undecided);
     __syncthreads();
     if (undecided.is_few) {
       mark_best(undecided.count);
@@ -124,8 +126,7 @@ class Selection {
   }
   static __device__ int page_of(uint64_t value) { return ~static_cast<uint32_t>(value); }
 
-  // A warp takes every kWarps-th word of the bitmap, a lane a page. A thread counts the marks of
-  // neighbouring words, mostly of one.
+  // A thread counts the marks of neighbouring words, mostly of one.
   __device__ int words_of_thread() const { return (words_ + kThreads - 1) / kThreads; }
   __device__ int first_word() const { return static_cast<int>(threadIdx.x) * words_of_thread(); }
   __device__ int end_word() const { return min(first_word() + words_of_thread(), words_); }
@@ -133,15 +134,19 @@ class Selection {
   // Narrow down the lowest of the `count` highest keys.
   __device__ Undecided narrow(int count, const KeyRange& range) {
     uint32_t low = range.lowest;
-    int bits = 32 - __clz(range.highest - range.lowest);  // in which undecided keys differ from `low`
+    int bits =
+        32 - __clz(range.highest - range.lowest);  // in which undecided keys differ from `low`
 #pragma unroll 1
     while (true) {
       const int shift = max(0, bits - kDigitBits);
-#pragma unroll 4
-      for (int page = threadIdx.x; page < num_pages_; page += kThreads) {
-        const uint32_t bin = (key_(page) - low) >> shift;
-        if (bin < kBins) atomicAdd(&shared_.histogram[bin], 1);
-      }
+      for_each_group(
+          [&](int, int, const uint32_t (&keys)[kGroupWords], const bool (&exists)[kGroupWords]) {
+#pragma unroll
+            for (int k = 0; k < kGroupWords; ++k) {
+              const uint32_t bin = (keys[k] - low) >> shift;
+              if (exists[k] && bin < kBins) atomicAdd(&shared_.histogram[bin], 1);
+            }
+          });
       __syncthreads();
       find_bin(count);
       __syncthreads();
@@ -179,18 +184,47 @@ class Selection {
     }
   }
 
-  // Set the bitmap to the pages for which is_in(page, key) holds; show all keys to see(page, key).
-  template <typename IsIn, typename See>
-  __device__ void mark(IsIn is_in, See see) {
-#pragma unroll 4
-    for (int word = warp_; word < words_; word += kWarps) {
-      const int page = word * kWarpSize + lane_;
-      const bool exists = page < num_pages_;
-      const uint32_t x = key_(exists ? page : num_pages_ - 1);
-      const unsigned bits = __ballot_sync(kAllLanes, exists && is_in(page, x));
-      if (lane_ == 0) bitmap_[word] = bits;
-      if (exists) see(page, x);
+  // Call f(group, first page of this lane, its keys, which of them exist).
+  template <typename F>
+  __device__ void for_each_group(F f) const {
+#pragma unroll 1
+    for (int group = warp_; group < words_ / kGroupWords; group += kWarps) {
+      const int first = group * kGroupKeys + lane_;
+      uint32_t keys[kGroupWords];
+      bool exists[kGroupWords];
+#pragma unroll
+      for (int k = 0; k < kGroupWords; ++k) {
+        keys[k] = key_(first + k * kWarpSize);
+        exists[k] = first + k * kWarpSize < num_pages_;
+      }
+      f(group, first, keys, exists);
     }
+  }
+
+  // Mark the pages above the undecided ones, and collect these if they are few.
+  __device__ void mark(const Undecided& undecided) {
+    for_each_group([&](int group, int first, const uint32_t (&keys)[kGroupWords],
+                       const bool (&exists)[kGroupWords]) {
+      uint32_t words[kGroupWords];
+      bool is_open[kGroupWords];
+#pragma unroll
+      for (int k = 0; k < kGroupWords; ++k) {
+        words[k] = __ballot_sync(kAllLanes, exists[k] && keys[k] > undecided.high);
+        is_open[k] = exists[k] && undecided.is_few &&
+                     keys[k] - undecided.low <= undecided.high - undecided.low;
+      }
+      if (lane_ == 0) {
+        reinterpret_cast<uint4*>(bitmap_)[group] =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
+      if (!(is_open[0] || is_open[1] || is_open[2] || is_open[3])) return;
+#pragma unroll
+      for (int k = 0; k < kGroupWords; ++k) {
+        if (!is_open[k]) continue;
+        shared_.undecided[atomicAdd(&shared_.num_undecided, 1)] =
+            value(keys[k], first + k * kWarpSize);
+      }
+    });
   }
 
   // Mark the best `count` of the undecided pages: a warp compares them, a lane each.

@@ -161,7 +161,7 @@ def make_batch(
         if tokens:
             cache[blocks.long()] = filled_blocks(shape, tokens, generator)
 
-    finite_budgets = [b for b in row_budgets if b != ops.UNLIMITED_PAGES]
+    finite_budgets = [b for b in row_budgets if b < ops.UNSETTLED_PAGES]
     max_pages = max_blocks * shape.pages_per_block
     rows_heads = (num_rows, shape.num_kv_heads)
     query = torch.randn(num_rows, shape.num_heads, shape.head_size, generator=generator)
