@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import string
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmarks.accuracy.cells import FULL, Cell, Result, Store
 from benchmarks.accuracy.cli import main
 from benchmarks.accuracy.interface import Answer, Prompt
 from benchmarks.accuracy.intervals import bootstrap, share_right
-from benchmarks.accuracy.tasks import ALL, Request
+from benchmarks.accuracy.tasks import ALL, Request, Sample
 from benchmarks.accuracy.tasks.passkey import KEY, MAX_KEY
 from benchmarks.accuracy.tokens import Tokens
 from benchmarks.accuracy.vllm_engine import VllmEngine
@@ -48,18 +49,22 @@ def dense(demo_model, prompts):
     with engine(demo_model, DENSE, dtype=dtype, max_model_len=2 * CONTEXT_TOKENS) as llm:
         params = greedy(5, prompt_logprobs=0)
         results = llm.generate(whole, params, use_tqdm=False)
-    return [
-        Answer(
-            tuple(result.outputs[0].token_ids),
-            tuple(
-                position[token].logprob
-                for position, token in zip(
-                    result.prompt_logprobs[len(prompt.material) :], prompt.question, strict=True
-                )
-            ),
+    answers = []
+    for prompt, result in zip(prompts, results, strict=True):
+        of_question = [
+            position[token]
+            for position, token in zip(
+                result.prompt_logprobs[len(prompt.material) :], prompt.question, strict=True
+            )
+        ]
+        answers.append(
+            Answer(
+                tuple(result.outputs[0].token_ids),
+                tuple(found.logprob for found in of_question),
+                tuple(found.rank == 1 for found in of_question),
+            )
         )
-        for prompt, result in zip(prompts, results, strict=True)
-    ]
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,7 @@ def test_forced_decoding_under_a_covering_budget_is_full_attention(
     for ours, theirs in zip(answers, dense, strict=True):
         assert ours.tokens == theirs.tokens
         assert ours.question_logprobs == pytest.approx(theirs.question_logprobs, abs=TOLERANCE)
+        assert ours.question_hits == theirs.question_hits
 
 
 def test_budgets_may_share_a_batch(quest, prompts):
@@ -259,6 +265,21 @@ def test_perplexity_windows_end_with_the_scored_tokens(byte_tokens, tmp_path):
     assert ALL["perplexity"].grade(first, logprobs, "") == pytest.approx(0.495)
 
 
+def test_tokens_are_counted_one_by_one_in_their_places():
+    sample = Sample(Prompt((), (), 6), ("11 22 33 44 55",), code=("11", "22", "33", "44", "55"))
+    for text, right in {
+        " 11 22 33 44 55": 5,
+        "11 22 34 44": 3,
+        "22 33 44 55": 0,
+        "none": 0,
+    }.items():
+        assert sample.token_share(Answer((), ()), text) == right / 5
+    scored = Sample(Prompt((), (1, 2, 3, 4), 0), scored=(1, 2, 3))
+    hits = Answer((), (-9.0, -0.1, -0.1, -9.0), (False, True, True, False))
+    assert scored.token_share(hits, "") == 2 / 3
+    assert Sample(Prompt((), (), 6), ("the answer",)).token_share(Answer((), ()), "") is None
+
+
 def test_wilson_intervals():
     # Textbook values: 0 of 10 gives 0 to 27.8 %, 15 of 20 gives 53.1 to 88.8 %.
     none, most = share_right([0.0] * 10), share_right([1.0] * 15 + [0.0] * 5)
@@ -281,6 +302,22 @@ def test_the_store_goes_on_after_a_broken_line(tmp_path):
     assert store.results([cell, other_seed]) == []
 
 
+def test_runs_may_share_a_store(tmp_path):
+    """Long lines, written at the same time, do not mix."""
+    path, budgets, seeds = tmp_path / "cells.jsonl", range(20), range(4)
+    cells = [Cell("passkey", 1024, 0, "quest", "minmax", b, s) for b in budgets for s in seeds]
+
+    def write(seed):
+        store = Store(path, {})
+        for cell in cells[seed :: len(seeds)]:
+            store.add(Result(cell, [1.0] * 5000, [0.5] * 5000, "a machine"))
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        list(pool.map(write, seeds))
+    assert len(path.read_text().splitlines()) == len(cells)
+    assert len(Store(path, {}).results(cells)) == len(cells)
+
+
 def test_one_command_makes_the_report_and_a_rerun_measures_nothing(
     demo_model, tmp_path, monkeypatch, capsys
 ):
@@ -294,8 +331,10 @@ def test_one_command_makes_the_report_and_a_rerun_measures_nothing(
     assert "multi_query at 1024 tokens: the model's language" in report
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert len(rows) == 2 * 2
-    full = [row["estimate"]["mean"] for row in rows if row["method"] == "full"]
-    assert full == pytest.approx([1, 1], abs=0.05)
+    full = [row for row in rows if row["method"] == "full"]
+    assert [row["estimate"]["mean"] for row in full] == pytest.approx([1, 1], abs=0.05)
+    assert [row["tokens_right"]["mean"] for row in full] == [1, 1]
+    assert report.count("Of the answers' tokens") == report.count("Of the scored tokens") == 1
 
     def refuse(*_, **__):
         raise AssertionError("a rerun started an engine")

@@ -14,7 +14,6 @@ from benchmarks.accuracy.layer_caches import (
     QuestCache,
     ReadText,
     TovaCache,
-    attention_weights,
     read_densely,
     received_attention,
 )
@@ -52,7 +51,8 @@ def test_received_attention_is_the_column_sum_whatever_the_chunks(monkeypatch) -
     torch.manual_seed(0)
     query, key = torch.randn(KV_HEADS, 3, TEXT, HEAD_SIZE), torch.randn(KV_HEADS, TEXT, HEAD_SIZE)
     later = torch.ones(TEXT, TEXT, dtype=torch.bool).triu(1)
-    expected = attention_weights(query, key, SCALE, later).sum(dim=(1, 2))
+    logits = (torch.einsum("hgqd,hkd->hgqk", query, key) * SCALE).masked_fill(later, -torch.inf)
+    expected = logits.softmax(-1).sum(dim=(1, 2))
     for elements in (1, 6 * TEXT * 7, 2**24):
         monkeypatch.setattr("benchmarks.accuracy.layer_caches.MAX_CHUNK_ELEMENTS", elements)
         torch.testing.assert_close(received_attention(query, key, SCALE), expected)
@@ -155,6 +155,8 @@ def test_a_covering_budget_gives_transformers_own_answers(tiny_model: str, metho
         torch.testing.assert_close(
             torch.tensor(answer.question_logprobs), logprobs, rtol=1e-4, atol=1e-4
         )
+        most_probable = logits.argmax(-1) == torch.tensor(prompt.question)
+        assert answer.question_hits == tuple(most_probable.tolist())
         whole = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)[
             0, tokens.shape[1] :
         ].tolist()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,15 @@ class Result:
     machine: str
     """What it was measured on, and with which versions."""
 
+    token_shares: list[float] = field(default_factory=list)
+    """Of each sample, the share of tokens that are right; empty: the task has no such tokens."""
+
 
 class Store:
-    """Finished cells, one JSON line each; another run with the same settings goes on from here."""
+    """Finished cells, one JSON line each; another run with the same settings goes on from here.
+
+    Several processes may add to one file at a time.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Open it.
@@ -65,7 +71,7 @@ class Store:
         except json.JSONDecodeError:  # the line that a run was stopped in
             return
         if row.pop("settings") == self._digest:
-            cell = Cell(**{field.name: row.pop(field.name) for field in fields(Cell)})
+            cell = Cell(**{own.name: row.pop(own.name) for own in fields(Cell)})
             self._results[cell] = Result(cell, **row)
 
     def __contains__(self, cell: Cell) -> bool:
@@ -76,9 +82,8 @@ class Store:
         self._results[result.cell] = result
         row = asdict(result)
         row = row.pop("cell") | row | {"settings": self._digest}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+        with self._path.open("ab", buffering=0) as file:  # one write: lines never mix
+            file.write(f"{json.dumps(row)}\n".encode())
             os.fsync(file.fileno())
 
     def results(self, cells: Iterable[Cell]) -> list[Result]:

@@ -35,6 +35,9 @@ class Answer:
     """Natural logarithm of the probability that the model gave each question token before it was
     fed; the first comes from the dense material."""
 
+    question_hits: tuple[bool, ...] = ()
+    """Whether each question token was the one that the model held for the most probable."""
+
 
 class Engine(Protocol):
     """A model, loaded once, that answers under several methods; a context manager."""

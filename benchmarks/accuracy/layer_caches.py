@@ -77,29 +77,27 @@ def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     chunk = max(1, MAX_CHUNK_ELEMENTS // (query.shape[0] * query.shape[1] * num_tokens))
     for first in range(0, num_tokens, chunk):
         end = min(first + chunk, num_tokens)
-        later = torch.ones(end - first, end, dtype=torch.bool, device=key.device).triu(first + 1)
-        weights = attention_weights(query[:, :, first:end], key[:, :end], scale, later)
-        received[:, :end] += weights.sum(dim=(1, 2))
+        # This is all about memory traffic: scale in the product, mask the square where it matters.
+        rows = query[:, :, first:end].flatten(1, 2)  # [kv_heads, group_size * chunk, d]
+        logits = torch.baddbmm(rows.new_empty(()), rows, key[:, :end].mT, beta=0, alpha=scale)
+        later = torch.ones(end - first, end - first, dtype=torch.bool, device=key.device).triu(1)
+        logits.unflatten(1, (-1, end - first))[..., first:].masked_fill_(later, -math.inf)
+        received[:, :end] += logits.softmax(-1, dtype=torch.float32).sum(dim=1)
     return received
 
 
-def attention_weights(
-    query: Tensor, key: Tensor, scale: float, masked: Tensor | None = None
-) -> Tensor:
+def attention_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Softmax of q·k, in fp32.
 
     Args:
         query: `[..., group_size, num_queries, head_size]`.
         key: `[..., num_keys, head_size]`.
         scale: factor of q·k.
-        masked: `[num_queries, num_keys]`, what not to attend to.
 
     Returns:
         `[..., group_size, num_queries, num_keys]`.
     """
     logits = (query @ key.unsqueeze(-3).mT).float() * scale
-    if masked is not None:
-        logits.masked_fill_(masked, -math.inf)
     return logits.softmax(dim=-1)
 
 

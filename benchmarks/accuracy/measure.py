@@ -135,13 +135,16 @@ class Measurement:
             [cell.token_budget for _, cell in requests],
             progress.update,
         )
-        grades: dict[Cell, list[float]] = {cell: [] for cell in cells}
+        depths = [sample.depth for sample in samples]
+        results = {cell: Result(cell, [], depths, self.machine) for cell in cells}
         for (sample, cell), answer in zip(requests, answers, strict=True):
             text = self.tokens.text(answer.tokens)
-            grades[cell].append(task.grade(sample, answer, text))
-        for cell in cells:
-            depths = [sample.depth for sample in samples]
-            self.store.add(Result(cell, grades[cell], depths, self.machine))
+            results[cell].grades.append(task.grade(sample, answer, text))
+            share = sample.token_share(answer, text)
+            if share is not None:
+                results[cell].token_shares.append(share)
+        for result in results.values():
+            self.store.add(result)
 
     @contextmanager
     def _engine(self, dense_layers: int, score: str, methods: tuple[str, ...]) -> Iterator[Engine]:

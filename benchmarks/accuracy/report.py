@@ -9,6 +9,12 @@ from typing import Any
 from benchmarks.accuracy.cells import FULL, Result
 from benchmarks.accuracy.intervals import Estimate, perplexity, share_right
 from benchmarks.accuracy.tasks import ALL
+from benchmarks.accuracy.tasks.base import Unit
+
+TOKENS_RIGHT: dict[Unit, str] = {
+    "share right": "Of the answers' tokens, those that are right in their places:",
+    "perplexity": "Of the scored tokens, those that the model held for the most probable:",
+}
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,29 @@ class Row:
     token_budget: int
     num_samples: int
     estimate: Estimate
+    tokens_right: Estimate | None
+    """The share of answer tokens, or of scored ones; None: the task has no right tokens."""
 
 
 def rows(results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
     """Merge the seeds of every method and budget."""
-    grades: dict[tuple[str, int, int, str, int], list[float]] = {}
+    merged: dict[tuple[str, int, int, str, int], tuple[list[float], list[float]]] = {}
     for result in results:
         cell = result.cell
         name = method_name(cell.method, cell.score, scores)
         key = (cell.task, cell.context_tokens, cell.dense_layers, name, cell.token_budget)
-        grades.setdefault(key, []).extend(result.grades)
+        grades, token_shares = merged.setdefault(key, ([], []))
+        grades += result.grades
+        token_shares += result.token_shares
     estimate = {"share right": share_right, "perplexity": perplexity}
     return [
-        Row(*key, num_samples=len(values), estimate=estimate[ALL[key[0]].unit](values))
-        for key, values in grades.items()
+        Row(
+            *key,
+            num_samples=len(grades),
+            estimate=estimate[ALL[key[0]].unit](grades),
+            tokens_right=share_right(token_shares) if token_shares else None,
+        )
+        for key, (grades, token_shares) in merged.items()
     ]
 
 
@@ -100,27 +115,34 @@ def _markdown(
 def _section(chosen: list[Row], context: int, dense: int) -> list[str]:
     layers = {0: "no dense layers", 1: "one dense layer"}.get(dense, f"{dense} dense layers")
     unit = ALL[chosen[0].task].unit
-    cells = {(row.method, row.token_budget): row for row in chosen}
-    budgets = sorted({row.token_budget for row in chosen} - {FULL})
-    lines = []
-    for method in dict.fromkeys(row.method for row in chosen):
-        full = cells.get((method, FULL))
-        if full is not None:
-            lines.append(f"{method}: {_cell(full, unit)}, {full.num_samples} samples")
-    header = ["token budget", *map(str, budgets)]
+    parts = [f"### {context} tokens, {layers}, {chosen[0].num_samples} samples"]
+    parts += _tables({(row.method, row.token_budget): row.estimate for row in chosen}, unit)
+    shares = {
+        (row.method, row.token_budget): row.tokens_right for row in chosen if row.tokens_right
+    }
+    if shares:
+        parts.append(TOKENS_RIGHT[unit])
+        parts += _tables(shares, "share right")
+    return parts
+
+
+def _tables(cells: dict[tuple[str, int], Estimate], unit: Unit) -> list[str]:
+    """A line for each method without a budget, and a table of the others."""
+    methods = dict.fromkeys(method for method, _ in cells)
+    budgets = sorted({budget for _, budget in cells} - {FULL})
+    lines = [f"{m}: {_cell(cells[m, FULL], unit)}" for m in methods if (m, FULL) in cells]
     body = [
         [method, *(_cell(cells.get((method, budget)), unit) for budget in budgets)]
-        for method in dict.fromkeys(row.method for row in chosen)
+        for method in methods
         if (method, FULL) not in cells
     ]
-    title = f"### {context} tokens, {layers}"
-    return [title, *lines, *([markdown_table(header, body)] if body else [])]
+    return [*lines, *([markdown_table(["token budget", *map(str, budgets)], body)] if body else [])]
 
 
-def _cell(row: Row | None, unit: str) -> str:
-    if row is None:
+def _cell(estimate: Estimate | None, unit: Unit) -> str:
+    if estimate is None:
         return ""
-    mean, low, high = asdict(row.estimate).values()
+    mean, low, high = asdict(estimate).values()
     if unit == "perplexity":
         return f"{mean:.3f} ({low:.3f}-{high:.3f})"
     return f"{100 * mean:.1f} % ({100 * low:.0f}-{100 * high:.0f})"

@@ -9,7 +9,7 @@ answer is greedy. `layer_caches` has the methods.
 `quest-hf` follows the plain loops of `vllm_quest.reference`: to compare with vLLM, not for speed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -74,13 +74,16 @@ AttentionInterface.register(ATTENTION, attend)
 class Reading:
     """Attention while the material is read, and what it leaves."""
 
-    sum_received: bool
+    summed_layers: Container[int]
+    """Layers in which the attention that each token gets is summed up."""
+
     layers: list[ReadText] = field(default_factory=list)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        text, out = read_densely(query[0], key[0], value[0], scale, sum_received=self.sum_received)
+        sum_received = layer in self.summed_layers
+        text, out = read_densely(query[0], key[0], value[0], scale, sum_received=sum_received)
         self.layers.append(text)
         return out[None]
 
@@ -196,7 +199,7 @@ class TransformersEngine:
         answers: dict[int, Answer] = {}
         materials: dict[tuple[int, ...], Material] = {}
         for tokens in by_material:
-            materials[tokens] = self._read(tokens, sum_received=method == "h2o")
+            materials[tokens] = self._read(tokens, method)
             is_last = len(answers) + sum(len(by_material[t]) for t in materials) == len(prompts)
             if is_last or sum(m.num_bytes for m in materials.values()) > MAX_MATERIAL_BYTES:
                 numbers = [number for read in materials for number in by_material[read]]
@@ -207,9 +210,10 @@ class TransformersEngine:
                 materials.clear()
         return [answers[number] for number in range(len(prompts))]
 
-    def _read(self, tokens: tuple[int, ...], *, sum_received: bool) -> Material:
+    def _read(self, tokens: tuple[int, ...], method: str) -> Material:
         """Read a text densely."""
-        reading = Reading(sum_received)
+        num_layers = self._model.config.num_hidden_layers
+        reading = Reading(range(self._dense_layers, num_layers) if method == "h2o" else ())
         positions = torch.arange(len(tokens), device=self._device)
         logits = self._forward(
             torch.tensor([tokens], device=self._device), positions[None], reading
@@ -235,15 +239,17 @@ class TransformersEngine:
         positions = torch.tensor(
             [[len(prompt.material)] for prompt in batch.prompts], device=self._device
         )
-        logprobs: list[list[float]] = [[] for _ in batch.prompts]
+        # Filled where they are: a step of the question does not wait for the device.
+        logprobs = torch.empty(questions.shape, device=self._device)
+        hits = torch.empty(questions.shape, dtype=torch.bool, device=self._device)
         answers: list[list[int]] = [[] for _ in batch.prompts]
         has_ended = [False] * num_rows
         for step in range(num_steps):
             if step < questions.shape[1]:
                 tokens = questions[:, step]
-                found = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-                for row, logprob in enumerate(found.tolist()):
-                    logprobs[row].append(logprob)
+                own_logits = logits.gather(1, tokens[:, None])
+                logprobs[:, step] = own_logits[:, 0] - logits.logsumexp(-1)
+                hits[:, step] = (logits >= own_logits).sum(-1) == 1
             else:
                 tokens = logits.argmax(-1)
                 for row, token in enumerate(tokens.tolist()):
@@ -253,10 +259,8 @@ class TransformersEngine:
             if all(has_ended) or step == num_steps - 1:
                 break
             logits = self._forward(tokens[:, None], positions + step, decoding)
-        return [
-            Answer(tuple(tokens), tuple(found))
-            for tokens, found in zip(answers, logprobs, strict=True)
-        ]
+        rows = zip(answers, logprobs.tolist(), hits.tolist(), strict=True)
+        return [Answer(*map(tuple, row)) for row in rows]
 
     def _cache(
         self, texts: Texts, layer: int, method: str, token_budget: int, num_steps: int

@@ -144,10 +144,11 @@ def _answer(prompt: Prompt, result: RequestOutput) -> Answer:
         )
     has_end = output.finish_reason == "stop"
     assert output.logprobs is not None
+    of_question = [
+        entry[token] for entry, token in zip(output.logprobs, prompt.question, strict=False)
+    ]
     return Answer(
         tokens=tokens[num_forced : len(tokens) - has_end],
-        question_logprobs=tuple(
-            entry[token].logprob
-            for entry, token in zip(output.logprobs, prompt.question, strict=False)
-        ),
+        question_logprobs=tuple(found.logprob for found in of_question),
+        question_hits=tuple(found.rank == 1 for found in of_question),
     )

@@ -1,7 +1,10 @@
 """What a task is: it makes samples for a model's tokenizer, and grades the answers."""
 
+import operator
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, Protocol
 
 from benchmarks.accuracy.interface import Answer, Prompt
@@ -55,6 +58,23 @@ class Sample:
     depth: float | None = None
     scored: tuple[int, ...] = ()
     """Indices of the question tokens whose probability counts, for perplexity."""
+
+    code: tuple[str, ...] = ()
+    """The numbers that a right answer begins with; empty: it need not begin with any."""
+
+    def token_share(self, answer: Answer, text: str) -> float | None:
+        """The share of tokens that are right, one by one; None: no tokens are the right ones.
+
+        Of scored tokens, those that the model held for the most probable; of a code, the numbers
+        that the answer's text has in their places. A number is one token to the models of `demo/`.
+        """
+        if self.scored:
+            return fmean(answer.question_hits[i] for i in self.scored)
+        if self.code:
+            numbers = re.findall(r"\d+", text)
+            hits = map(operator.eq, numbers, self.code)
+            return sum(hits) / len(self.code)
+        return None
 
 
 class Task(Protocol):

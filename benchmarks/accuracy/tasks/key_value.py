@@ -41,6 +41,7 @@ class KeyValue:
                     Prompt(*ids, max_answer_tokens),
                     (fact.code,),
                     facts.depth(haystack, number),
+                    code=tuple(fact.code.split()),
                 )
             )
         return samples

@@ -76,4 +76,5 @@ def _demo_sample(request: Request, depth: float, rng: random.Random) -> Sample:
     place = int(len(pieces) * depth)
     text = "".join([*pieces[:place], hidden, *pieces[place:]]).removesuffix(" ")
     material, question = request.tokens.split(text, f" {fact.question}")
-    return Sample(Prompt(material, question, CODE_WORDS + 1), (fact.code,), depth)
+    code = tuple(fact.code.split())
+    return Sample(Prompt(material, question, CODE_WORDS + 1), (fact.code,), depth, code=code)

@@ -9,7 +9,7 @@ import random
 from benchmarks.accuracy.interface import Answer, Prompt
 from benchmarks.accuracy.tasks import facts
 from benchmarks.accuracy.tasks.base import Request, Sample, Unit
-from vllm_quest.pass_keys import EOS
+from vllm_quest.pass_keys import CODE_WORDS, EOS
 
 MAX_UNKNOWN_SHARE = 0.01
 TURNS = 4
@@ -75,10 +75,8 @@ def _codes(request: Request) -> list[Sample]:
         scored: list[int] = []
         for number in numbers[first :: request.num_samples]:
             fact = haystack.facts[number]
-            turn = request.tokens.split(f"{haystack.text} {fact.question}", f" {fact.code} {EOS}")
-            question += turn[0][len(material) :]
-            code = turn[1][: len(fact.code.split())]
-            scored += range(len(question), len(question) + len(code))
-            question += turn[1]
+            question += request.tokens.split(haystack.text, f" {fact.question}")[1]
+            scored += range(len(question), len(question) + CODE_WORDS)
+            question += request.tokens.split(fact.question, f" {fact.code} {EOS}")[1]
         samples.append(Sample(Prompt(material, question, 0), scored=tuple(scored)))
     return samples
