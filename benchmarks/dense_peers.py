@@ -35,6 +35,23 @@ class DenseLayers:
         )
         self.out = torch.empty_like(self.query)
         self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
+        self.key = torch.randn(case.rows, case.kv_heads, case.head_size, device=DEVICE).to(
+            case.dtype
+        )
+        last = case.context_tokens - 1
+        self.slots = [
+            table[:, last // case.page_size].long() * case.page_size + last % case.page_size
+            for table in self.block_tables
+        ]
+        self.one = torch.ones((), device=DEVICE)
+
+    def write(self, i: int) -> None:
+        """Store a step's keys and values, as vLLM's dense backends do."""
+        from vllm._custom_ops import reshape_and_cache_flash
+
+        keys, values = self.keys_values[i]
+        arguments = (self.key, self.key, keys, values, self.slots[i])
+        reshape_and_cache_flash(*arguments, "auto", self.one, self.one)
 
     def __len__(self) -> int:
         return len(self.keys_values)
@@ -202,6 +219,12 @@ PEERS: dict[str, type[Peer]] = {
     "FlashInfer XQA": FlashInferXqa,
     "FlashInfer FA2": FlashInferFA2,
 }
+
+
+def write_and_attend(peer: Peer, i: int) -> None:
+    """All of a decode step's attention layer."""
+    peer.layers.write(i)
+    peer.attend(i)
 
 
 def available_peers() -> list[str]:

@@ -7,6 +7,9 @@ layer's pages have left the L2 cache when it comes around again. `copy` is the b
 device-to-device copy measured first, bytes read and written; `limit` is the time that QUEST's bytes
 take at that bandwidth, and the ratio to dense that it would allow.
 
+`total` is attention alone. `layer` is all of a decode step's attention layer: the write of its
+keys and values, too, beside which QUEST's attention begins.
+
     python benchmarks/kernels.py                          # the reference table
     python benchmarks/kernels.py --cases 1x4K 1x512K      # where QUEST starts to pay
     python benchmarks/kernels.py --cases 8x32K/32/32 --page-size 32 --budgets 512 2048 8192
@@ -19,12 +22,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dense_peers import PEERS, DenseLayers, available_peers
+from dense_peers import PEERS, DenseLayers, available_peers, write_and_attend
 from report import print_machine, print_table, write_json
 from vllm_quest import ops
 
@@ -197,13 +201,24 @@ class DecodeStep:
             follows_write_kv=follows_write_kv,
         )
 
-    def all_stages(self, i: int) -> None:
-        if self.uses_clusters:
-            self.cluster_decode(i)
-            return
+    def three_launches(self, i: int) -> None:
         self.score(i)
         self.select(i)
         self.sparse_decode(i)
+
+    def attention(self, i: int) -> None:
+        """As the plugin attends: in one launch where the row's scores fit shared memory."""
+        if self.uses_clusters:
+            self.cluster_decode(i)
+        else:
+            self.three_launches(i)
+
+    def layer(self, i: int) -> None:
+        self.write_kv(i)
+        if self.uses_clusters:
+            self.cluster_decode(i, follows_write_kv=True)
+        else:
+            self.three_launches(i)
 
 
 def layers_for(case: Case, bytes_per_visit: int) -> int:
@@ -255,14 +270,14 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
     coldest = min(filter(None, [case.score_bytes, case.decode_bytes]))
     layers = [Layer(case) for _ in range(layers_for(case, coldest))]
     step = DecodeStep(case, layers)
-    step.all_stages(0)  # the later stages' times are of what the earlier ones found
+    step.three_launches(0)  # the later stages' times are of what the earlier ones found
     write = time_us(step.write_kv, len(layers))
     score = time_us(step.score, len(layers))
     select = time_us(step.select, len(layers))
     decode = time_us(step.sparse_decode, len(layers))
-    total = time_us(step.all_stages, len(layers))
-    step.uses_clusters = False
-    stages = time_us(step.all_stages, len(layers))
+    stages = time_us(step.three_launches, len(layers))
+    total = time_us(step.attention, len(layers))
+    layer = time_us(step.layer, len(layers))
     limit = (case.score_bytes + case.select_bytes + case.decode_bytes) / copy
 
     row: dict[str, Any] = {
@@ -279,16 +294,19 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
         "decode % copy": 100 * case.decode_bytes / decode / copy,
         "3 launches µs": stages,
         "total µs": total,
+        "layer µs": layer,
         "limit µs": limit,
     }
     del step, layers
     free_memory()
     if peers is not None:
-        dense = dense_us(case, peers)
+        dense, dense_layer = dense_us(case, peers)
         flashinfer = [time for name, time in dense.items() if time and name != "FA3"]
         row |= {f"{name} µs": time for name, time in dense.items()}
         row["ratio"] = ratio(dense["FA3"], total)
         row["limit"] = ratio(dense["FA3"], limit)
+        row["FA3 layer µs"] = dense_layer["FA3"]
+        row["layer ratio"] = ratio(dense_layer["FA3"], layer)
         row["FlashInfer ratio"] = ratio(min(flashinfer, default=None), total)
     return row
 
@@ -297,15 +315,19 @@ def ratio(dense: float | None, quest: float) -> float | None:
     return dense and dense / quest
 
 
-def dense_us(case: Case, names: Sequence[str]) -> dict[str, float | None]:
-    """Time of each of PEERS; None of those not named, or that cannot run the case.
+def dense_us(case: Case, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times of each of PEERS, alone and with the write of keys and values.
+
+    None of those not named, or that cannot run the case.
 
     Raises:
         RuntimeError: the outputs differ, so that the times would mean nothing.
     """
     layers = DenseLayers(case, layers_for(case, case.dense_bytes))
+    layers.write(0)  # so that writing it again changes no output
     expected: torch.Tensor | None = None
-    times: dict[str, float | None] = dict.fromkeys(PEERS)
+    alone: dict[str, float | None] = dict.fromkeys(PEERS)
+    with_write: dict[str, float | None] = dict.fromkeys(PEERS)
     for name in names:
         try:
             peer = PEERS[name](layers)
@@ -317,11 +339,13 @@ def dense_us(case: Case, names: Sequence[str]) -> dict[str, float | None]:
             expected = layers.out.clone()
         elif not is_close(layers.out, expected):
             raise RuntimeError(f"{name}, {case}: its output differs from {names[0]}'s")
-        times[name] = time_us(peer.attend, len(layers))
+        alone[name] = time_us(peer.attend, len(layers))
+
+        with_write[name] = time_us(partial(write_and_attend, peer), len(layers))
         del peer
     del layers
     free_memory()
-    return times
+    return alone, with_write
 
 
 def is_close(out: torch.Tensor, expected: torch.Tensor) -> bool:
