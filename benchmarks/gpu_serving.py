@@ -76,11 +76,16 @@ def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, i
     )
 
 
-def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -> float:
-    """Median time of the steps in which every request decodes."""
+def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -> float | None:
+    """Median time of the steps in which every request decodes; None if they do not fit the GPU."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
+    cache = engine.vllm_config.cache_config
+    blocks = num_requests * -(-(context + num_tokens) // cache.block_size)
+    if blocks > cache.num_gpu_blocks:
+        print(f"{num_requests} x {context}: {blocks} blocks do not fit {cache.num_gpu_blocks}")
+        return None
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for request in range(num_requests):
         prompt = [1 + (request + 7 * i) % 31000 for i in range(context)]
@@ -119,7 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     print_machine()
-    step_ms: dict[tuple[str, int, int, str], float] = {}
+    step_ms: dict[tuple[str, int, int, str], float | None] = {}
     models = list(dict.fromkeys(model for model, *_ in arguments.cases))
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -141,14 +146,18 @@ def main() -> None:
     rows = []
     for model, requests, context in arguments.cases:
         times_ms = {name: step_ms[model, requests, context, name] for name in arguments.backends}
+        first, last = times_ms[arguments.backends[0]], times_ms[arguments.backends[-1]]
         rows.append(
             {
                 "model": model,
                 "requests": requests,
                 "context": context,
                 **{f"{name} ms": time for name, time in times_ms.items()},
-                **{f"{name} tok/s": 1e3 * requests / time for name, time in times_ms.items()},
-                "speed": times_ms[arguments.backends[0]] / times_ms[arguments.backends[-1]],
+                **{
+                    f"{name} tok/s": time and 1e3 * requests / time
+                    for name, time in times_ms.items()
+                },
+                "speed": first and last and first / last,
             }
         )
     print_table(rows)
