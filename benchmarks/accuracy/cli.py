@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         type=json.loads,
         default={},
         metavar="JSON",
-        help="further arguments of vllm.LLM, such as '{\"tensor_parallel_size\": 2}'",
+        help="further arguments of vllm.LLM, such as '{\"tensor_parallel_size\": 2}', or settings "
+        'of QUEST: \'{"additional_config": {"quest": {"page_size": 8}}}\'',
     )
     return parser
 

@@ -50,9 +50,11 @@ class VllmEngine:
             dense_layers: layers at the front that attend in full under every method.
             score: QUEST's page score.
             max_model_len: tokens of the longest prompt, answer included.
-            options: further arguments of `vllm.LLM`.
+            options: further arguments of `vllm.LLM`; of its `additional_config` the part `quest`.
         """
-        quest: dict[str, Any] = {"dense_layers": dense_layers, "token_budget": UNLIMITED}
+        options = dict(options or {})
+        quest: dict[str, Any] = options.pop("additional_config", {}).get("quest", {})
+        quest = quest | {"dense_layers": dense_layers, "token_budget": UNLIMITED}
         if score != "minmax":
             quest["score"] = score
         defaults: dict[str, Any] = {"max_num_seqs": 256}
@@ -63,7 +65,7 @@ class VllmEngine:
                 "dtype": "float32",
                 "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
             }
-        self._options = defaults | (options or {})
+        self._options = defaults | options
         self._llm = LLM(
             model,
             attention_backend="QUEST",
