@@ -340,7 +340,6 @@ def dense_us(case: Case, names: Sequence[str]) -> tuple[dict[str, Any], dict[str
         elif not is_close(layers.out, expected):
             raise RuntimeError(f"{name}, {case}: its output differs from {names[0]}'s")
         alone[name] = time_us(peer.attend, len(layers))
-
         with_write[name] = time_us(partial(write_and_attend, peer), len(layers))
         del peer
     del layers

@@ -27,14 +27,6 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Between ordinary stores to shared memory and bulk copies to the same place, by the threads that
-// stored; then all pass a barrier.
-__device__ __forceinline__ void before_copies() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // Let the next kernel of this library start its preamble, once every CTA has said so. Always after
 // wait_for_previous_kernel: so when a kernel starts, all but its direct predecessor have finished.
 __device__ __forceinline__ void release_next_kernel() {

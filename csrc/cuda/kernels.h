@@ -16,7 +16,7 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
-// Instead of score, select and sparse_decode; faster for rows of up to max_cluster_pages().
+// Instead of score, select and sparse_decode, for tables of up to max_cluster_pages() a row.
 cudaError_t cluster_decode(const ClusterDecodeParams&, cudaStream_t stream);
 
 // Pages of a row whose scores fit cluster_decode's shared memory on the current device, for a
