@@ -88,15 +88,6 @@ def test_forced_decoding_under_a_covering_budget_is_full_attention(
         assert ours.question_hits == theirs.question_hits
 
 
-def test_settings_of_quest_reach_the_engine(demo_model, prompts, dense):
-    options = {"additional_config": {"quest": {"page_size": 8}}}
-    with VllmEngine(demo_model, dense_layers=0, max_model_len=8192, options=options) as pages_of_8:
-        config = pages_of_8._llm.llm_engine.vllm_config.additional_config["quest"]
-        assert config == {"page_size": 8, "dense_layers": 0, "token_budget": -1}
-        answers = pages_of_8.run(prompts[:1], "quest", [2 * CONTEXT_TOKENS])
-    assert answers[0].tokens == dense[0].tokens
-
-
 def test_budgets_may_share_a_batch(quest, prompts):
     budgets = [64, FULL, 256, 128] * (len(prompts) // 4)
     together = quest.run(prompts, "quest", budgets)
