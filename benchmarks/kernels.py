@@ -332,7 +332,7 @@ def dense_us(case: Case, names: Sequence[str]) -> tuple[dict[str, Any], dict[str
         try:
             peer = PEERS[name](layers)
             peer.attend(0)
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # OSError: sources left out
             print(f"{name}, {case}: {str(error).strip().splitlines()[0]}")
             continue
         if expected is None:

@@ -11,11 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.accuracy import selections
+from benchmarks.accuracy import selections, side_by_side
 from benchmarks.accuracy.cells import FULL, Cell, Result, Store
 from benchmarks.accuracy.cli import main
 from benchmarks.accuracy.interface import Answer, Prompt
 from benchmarks.accuracy.intervals import bootstrap, share_right
+from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.tasks import ALL, Request, Sample
 from benchmarks.accuracy.tasks.passkey import KEY, MAX_KEY
 from benchmarks.accuracy.tokens import Tokens
@@ -347,3 +348,34 @@ def test_one_command_makes_the_report_and_a_rerun_measures_nothing(
         "passkey at 1024 tokens, 0 dense: not finished: quest minmax"
         in (tmp_path / "report.md").read_text()
     )
+
+
+def test_parts_of_a_grid_make_up_the_whole():
+    plan = Plan(
+        model="a model",
+        tasks=("passkey", "key_value"),
+        methods=("full", "quest", "h2o", "tova", "oracle"),
+        budgets=(64, 128),
+        contexts=(512, 1024),
+        dense_layers=(0, 2),
+        scores=("minmax", "mid_dev"),
+        seeds=2,
+        samples=1,
+        language="demo",
+    )
+    divided = side_by_side.parts(plan)
+    assert len(divided) == 2 * 3 * 2 * 2
+    cells = [cell for part in divided for cell in part.all_cells()]
+    assert sorted(cells) == sorted(plan.all_cells())
+    assert all(part.sample_settings() == plan.sample_settings() for part in divided)
+
+
+def test_processes_side_by_side_make_one_report(demo_model, tmp_path, capsys):
+    arguments = [demo_model, "--out", str(tmp_path), "--contexts", "512", "--budgets", "64"]
+    arguments += ["--tasks", "passkey", "multi_query", "--methods", "full", "tova"]
+    main([*arguments, "--seeds", "1", "--samples", "2", "--processes", "2"])
+    report = (tmp_path / "report.md").read_text()
+    assert "full: 100.0 %" in report and "| tova | " in report
+    assert capsys.readouterr().out.count("Skipped: multi_query") == 1
+    with pytest.raises(SystemExit, match="at least 1"):
+        main([*arguments, "--processes", "0"])

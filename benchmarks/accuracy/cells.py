@@ -61,8 +61,12 @@ class Store:
             :16
         ]
         self._results: dict[Cell, Result] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
+        self.reload()
+
+    def reload(self) -> None:
+        """Take in what others have added to the file."""
+        if self._path.exists():
+            for line in self._path.read_text().splitlines():
                 self._load(line)
 
     def _load(self, line: str) -> None:

@@ -36,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
     add("--scores", nargs="+", default=["minmax"], metavar="SCORE", help="QUEST's page scores")
     add("--seeds", type=int, default=3, help="sets of samples")
     add("--samples", type=int, default=32, help="samples per seed")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="how many run side by side, each with parts of the grid and a share of the memory: "
+        "for small models, which leave most of a machine idle",
+    )
     add("--report-only", action="store_true", help="measure nothing, report what is finished")
     add("--language", choices=("demo", "english"), help="default: told by the tokenizer")
     add(
@@ -71,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
 
-    from benchmarks.accuracy import report
+    from benchmarks.accuracy import report, side_by_side
     from benchmarks.accuracy.cells import Store
     from benchmarks.accuracy.measure import Measurement
     from benchmarks.accuracy.tokens import Tokens
@@ -83,8 +90,12 @@ def main(arguments: list[str] | None = None) -> None:
     store = Store(options.out / "cells.jsonl", plan.sample_settings())
     this_machine = ", ".join(f"{key}: {value}" for key, value in machine().items())
     measurement = Measurement(plan, store, tokens, this_machine)
+    measurement.make_samples()
     try:
-        measurement.run(report_only=options.report_only)
+        if options.processes > 1 and not options.report_only:
+            side_by_side.measure(measurement, options.processes)
+        elif not options.report_only:
+            measurement.run()
     finally:
         measurement.name_unfinished()
         results = store.results(plan.all_cells())
@@ -116,6 +127,8 @@ def _plan(options: argparse.Namespace, tokens: Any) -> Any:
     from benchmarks.accuracy.tasks import ALL
 
     known_methods = (*VLLM_METHODS, *transformers_methods())
+    if options.processes < 1:
+        raise SystemExit(f"--processes is {options.processes}; it takes at least 1")
     if options.filler == "text" and options.text is None:
         raise SystemExit("--filler text needs a text: give one with --text FILE")
     tasks = []

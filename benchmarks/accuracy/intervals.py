@@ -26,7 +26,8 @@ def share_right(scores: Sequence[float]) -> Estimate:
     n, mean = len(scores), fmean(scores)
     centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return Estimate(mean, min(mean, centre - half), max(mean, centre + half))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Estimate(mean, min(mean, low), max(mean, high))  # rounding may cross the mean
 
 
 def bootstrap(scores: Sequence[float]) -> Estimate:

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,34 +49,39 @@ class Measurement:
         self.skipped = Skipped()
         self._samples: dict[tuple[str, int, int], list[Sample]] = {}
 
-    def run(self, *, report_only: bool = False) -> None:
+    def run(self) -> None:
         """Measure what is not in the store."""
-        self._make_samples()
-        if report_only:
-            return
-        unfinished = [cell for cell in self._possible() if cell not in self.store]
-        total = sum(len(self._samples_of(cell)) for cell in unfinished)
+        unfinished = self.unfinished()
         finished = len(self._possible()) - len(unfinished)
         if finished:
             tqdm.write(f"{finished} cells are finished already")
-        with tqdm(total=total, unit="answer") as progress:
+        with tqdm(total=self.num_answers(unfinished), unit="answer") as progress:
             for dense_layers in self.plan.dense_layers:
                 for score in self.plan.scores:
                     for methods in (VLLM_METHODS, transformers_methods()):
                         self._run_engine(dense_layers, score, methods, progress)
 
+    def unfinished(self) -> list[Cell]:
+        """The cells that can be measured and are not in the store."""
+        return [cell for cell in self._possible() if cell not in self.store]
+
+    def num_answers(self, cells: Iterable[Cell]) -> int:
+        """How many answers these cells hold together."""
+        return sum(len(self._samples_of(cell)) for cell in cells)
+
     def name_unfinished(self) -> None:
         """Name what is left among the skipped."""
         missing: dict[str, dict[str, None]] = {}
-        for cell in self._possible():
-            if cell not in self.store and cell.method not in self.skipped.reasons:
+        for cell in self.unfinished():
+            if cell.method not in self.skipped.reasons:
                 where = f"{cell.task} at {cell.context_tokens} tokens, {cell.dense_layers} dense"
                 name = " ".join((cell.method, cell.score)).strip()
                 missing.setdefault(where, {})[name] = None
         for where, names in missing.items():
             self.skipped.add(where, f"not finished: {', '.join(names)}; the same command goes on")
 
-    def _make_samples(self) -> None:
+    def make_samples(self) -> None:
+        """Before anything else: what is asked, and what cannot be."""
         groups = [
             (task, context, seed)
             for task in self.plan.tasks
