@@ -16,7 +16,7 @@ COVERING = {"token_budget": -1}
 SPECULATE = """
 import importlib, json, sys
 from engines import *
-model, quest, speculation = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model, quest, speculations = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 if not ON_GPU:
     # vLLM 0.32 trips over an attribute of this module when it speculates on a CPU
     # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan.
@@ -25,28 +25,32 @@ if not ON_GPU:
 prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
 prompts += random_prompts([300, 700, 33])
 plain = generate(model, prompts, greedy(40), quest=quest)
-with engine(model, quest=quest, speculative_config=speculation) as llm:
-    assert agree(plain, answers(llm, prompts, greedy(40)))
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    # vLLM may print more when it stops.
-    print("RESULT", json.dumps({
-        "drafted": counter(llm, "vllm:spec_decode_num_draft_tokens"),
-        "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens"),
-        "backends": [layer.attn_backend.get_name() for layer in layers.values()],
-    }))
+results = []
+for speculation in speculations:
+    with engine(model, quest=quest, speculative_config=speculation) as llm:
+        assert agree(plain, answers(llm, prompts, greedy(40)))
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        results.append({
+            "drafted": counter(llm, "vllm:spec_decode_num_draft_tokens"),
+            "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens"),
+            "backends": [layer.attn_backend.get_name() for layer in layers.values()],
+        })
+# vLLM may print more when it stops.
+print("RESULT", json.dumps(results))
 """
 
 
-def speculate(model, quest, speculation):
+def speculate(model, quest, *speculations):
     """What vLLM says of its drafts, after answers were found equal with and without them.
 
     In a process of its own, for what it does to `sys.modules`.
     """
-    arguments = [sys.executable, "-c", SPECULATE, model, json.dumps(quest), json.dumps(speculation)]
+    arguments = [sys.executable, "-c", SPECULATE, model, json.dumps(quest)]
+    arguments += [json.dumps(speculations)]
     process = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
-    (result,) = re.findall(r"^RESULT (.*)$", process.stdout, re.M)
-    return json.loads(result)
+    (results,) = re.findall(r"^RESULT (.*)$", process.stdout, re.M)
+    return json.loads(results)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +71,18 @@ def head(tmp_path_factory):
 @pytest.mark.parametrize("quest", [COVERING, {"token_budget": 64, "dense_layers": 0}])
 def test_drafts_copied_from_the_prompt(model, quest):
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    assert speculate(model, quest, ngram)["drafted"] > 0
+    (result,) = speculate(model, quest, ngram)
+    assert result["drafted"] > 0
 
 
 @pytest.mark.parametrize("quest", [COVERING, {"token_budget": 128, "dense_layers": 1}])
 def test_drafts_of_an_eagle_head(guessable, head, quest):
     """Many drafts are kept and many are not, whether the head attends with QUEST or densely."""
+    eagle = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
+    backends = ("QUEST", DENSE)
+    speculations = [eagle | {"attention_backend": backend} for backend in backends]
     kept = []
-    for backend in ("QUEST", DENSE):
-        eagle = {"method": "eagle", "model": head, "num_speculative_tokens": 3}
-        result = speculate(guessable, quest, eagle | {"attention_backend": backend})
+    for backend, result in zip(backends, speculate(guessable, quest, *speculations), strict=True):
         assert result["backends"] == 3 * ["QUEST"] + [backend]
         kept.append(result["accepted"] / result["drafted"])
     assert all(0.2 < share < 0.8 for share in kept)
