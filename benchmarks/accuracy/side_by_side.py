@@ -8,6 +8,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -64,7 +65,9 @@ def measure(measurement: Measurement, num_processes: int) -> None:
     errors = []
     with (
         _share_of_cores(num_processes),
-        ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            num_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        ) as pool,
         tqdm(total=total, unit="answer", desc=f"{num_processes} processes") as progress,
     ):
         running = {
@@ -72,19 +75,36 @@ def measure(measurement: Measurement, num_processes: int) -> None:
             for part in parts(whole)
             if not unfinished.isdisjoint(part.all_cells())
         }
-        while running:
-            done, running = wait(running, timeout=SECONDS_PER_PROGRESS)
-            store.reload()
-            left = measurement.num_answers(measurement.unfinished())
-            progress.update(total - left - progress.n)
-            for part in done:
-                if error := part.exception():
-                    errors.append(error)
-                else:
-                    for what, reason in part.result().items():
-                        measurement.skipped.add(what, reason)
+        try:
+            while running:
+                done, running = wait(running, timeout=SECONDS_PER_PROGRESS)
+                store.reload()
+                left = measurement.num_answers(measurement.unfinished())
+                progress.update(total - left - progress.n)
+                for part in done:
+                    if error := part.exception():
+                        errors.append(error)
+                    else:
+                        for what, reason in part.result().items():
+                            measurement.skipped.add(what, reason)
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     if errors:
         raise errors[0]
+
+
+def _end_with_parent() -> None:
+    """In a process of its own: end when the parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measure(part: Plan, store: Store, machine: str) -> dict[str, str]:
