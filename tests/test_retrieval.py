@@ -8,9 +8,6 @@ from vllm_quest import ops, reference
 from vllm_quest.pass_keys import make_haystack
 
 CONTEXT_TOKENS = 16384
-SHORT_TOKENS = 4096
-"""Where more than a few pages are needed, but not a long text."""
-
 NUM_QUESTIONS = 16
 
 
@@ -22,16 +19,15 @@ def recent_pages(scores, seq_lens, budgets, page_size, pages):
             pages[row, :, :budget] = torch.arange(num_pages - budget, num_pages)
 
 
-def ask(num_tokens):
-    """Questions about a text of this length, a fact for every 128 tokens: (prompt, answer)."""
-    haystack = make_haystack(num_tokens, num_tokens // 128, seed=7)
-    facts = haystack.facts[:: len(haystack.facts) // NUM_QUESTIONS][:NUM_QUESTIONS]
-    return [(haystack.prompt(fact), fact.code) for fact in facts]
+@pytest.fixture(scope="module")
+def haystack():
+    return make_haystack(CONTEXT_TOKENS, 128, seed=7)
 
 
 @pytest.fixture(scope="module")
-def short_questions():
-    return ask(SHORT_TOKENS)
+def questions(haystack):
+    facts = haystack.facts[:: len(haystack.facts) // NUM_QUESTIONS][:NUM_QUESTIONS]
+    return [(haystack.prompt(fact), fact.code) for fact in facts]
 
 
 def share_right(llm, questions) -> float:
@@ -44,8 +40,7 @@ def share_right(llm, questions) -> float:
     ) / len(questions)
 
 
-def test_retrieval_at_an_eighth_of_the_context(demo_model, monkeypatch):
-    questions = ask(CONTEXT_TOKENS)
+def test_retrieval_at_an_eighth_of_the_context(demo_model, questions, monkeypatch):
     quest = {"token_budget": CONTEXT_TOKENS // 8, "dense_layers": 0}
     with engine(demo_model, quest=quest, kv_cache_memory_bytes=1 << 30) as llm:
         assert share_right(llm, questions) >= 0.9
@@ -54,9 +49,7 @@ def test_retrieval_at_an_eighth_of_the_context(demo_model, monkeypatch):
 
 
 @pytest.mark.parametrize("score", ["mean_std", "mid_dev"])
-def test_other_scores_are_stored_and_retrieve_as_well(
-    demo_model, short_questions, monkeypatch, score
-):
+def test_other_scores_are_stored_and_retrieve_as_well(demo_model, questions, monkeypatch, score):
     caches, write_kv = [], ops.write_kv
 
     def spy(key, value, kv_cache, slot_mapping, *settings):
@@ -64,9 +57,9 @@ def test_other_scores_are_stored_and_retrieve_as_well(
         write_kv(key, value, kv_cache, slot_mapping, *settings)
 
     monkeypatch.setattr(ops, "write_kv", spy)
-    quest = {"token_budget": SHORT_TOKENS // 4, "dense_layers": 0, "score": score}
-    with engine(demo_model, quest=quest) as llm:
-        assert share_right(llm, short_questions[:8]) == 1.0
+    quest = {"token_budget": CONTEXT_TOKENS // 8, "dense_layers": 0, "score": score}
+    with engine(demo_model, quest=quest, kv_cache_memory_bytes=1 << 30) as llm:
+        assert share_right(llm, questions[:4]) == 1.0
         cache, first_slot = caches[0]
         block_tokens = reference.tokens_per_block(cache, 16)
         block = cache[first_slot // block_tokens].cpu()
@@ -75,10 +68,10 @@ def test_other_scores_are_stored_and_retrieve_as_well(
         assert (found - right).abs().max() <= 2.0**-7 * right.abs().max()  # two roundings to bf16
 
 
-def test_a_covering_budget_gives_the_dense_answers(demo_model, short_questions):
-    prompts = [prompt for prompt, _ in short_questions]
+def test_a_covering_budget_gives_the_dense_answers(demo_model, questions):
+    prompts = [prompt for prompt, _ in questions]
     runs = []
     for options in ({"backend": DENSE}, {"quest": {"token_budget": -1}}):
-        with engine(demo_model, **options) as llm:
+        with engine(demo_model, kv_cache_memory_bytes=1 << 30, **options) as llm:
             runs.append(answers(llm, prompts, greedy(8)))
     assert agree(*runs)
