@@ -25,7 +25,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from tqdm import tqdm
 
-from report import print_machine, print_table, write_json
+from report import print_machine, print_table, ratio, write_json
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -153,11 +153,8 @@ def main() -> None:
                 "requests": requests,
                 "context": context,
                 **{f"{name} ms": time for name, time in times_ms.items()},
-                **{
-                    f"{name} tok/s": time and 1e3 * requests / time
-                    for name, time in times_ms.items()
-                },
-                "speed": first and last and first / last,
+                **{f"{name} tok/s": ratio(1e3 * requests, time) for name, time in times_ms.items()},
+                "speed": ratio(first, last),
             }
         )
     print_table(rows)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from dense_peers import PEERS, DenseLayers, available_peers, write_and_attend
-from report import print_machine, print_table, write_json
+from report import print_machine, print_table, ratio, write_json
 from vllm_quest import ops
 
 REFERENCE_CASES = (
@@ -185,7 +185,7 @@ class DecodeStep:
             self.workspace,
         )
 
-    def cluster_decode(self, i: int, *, follows_write_kv: bool = False) -> None:
+    def cluster_decode(self, i: int, *, follows_write_kv: bool) -> None:
         layer = self.layers[i]
         ops.cluster_decode(
             self.query,
@@ -206,19 +206,16 @@ class DecodeStep:
         self.select(i)
         self.sparse_decode(i)
 
-    def attention(self, i: int) -> None:
+    def attention(self, i: int, *, follows_write_kv: bool = False) -> None:
         """As the plugin attends: in one launch where the row's scores fit shared memory."""
         if self.uses_clusters:
-            self.cluster_decode(i)
+            self.cluster_decode(i, follows_write_kv=follows_write_kv)
         else:
             self.three_launches(i)
 
     def layer(self, i: int) -> None:
         self.write_kv(i)
-        if self.uses_clusters:
-            self.cluster_decode(i, follows_write_kv=True)
-        else:
-            self.three_launches(i)
+        self.attention(i, follows_write_kv=True)
 
 
 def layers_for(case: Case, bytes_per_visit: int) -> int:
@@ -309,10 +306,6 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
         row["layer ratio"] = ratio(dense_layer["FA3"], layer)
         row["FlashInfer ratio"] = ratio(min(flashinfer, default=None), total)
     return row
-
-
-def ratio(dense: float | None, quest: float) -> float | None:
-    return dense and dense / quest
 
 
 def dense_us(case: Case, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,6 +41,11 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def ratio(x: float | None, y: float | None) -> float | None:
+    """x / y; None if either was not measured."""
+    return None if x is None or y is None else x / y
+
+
 def write_json(path: Path, command: str, rows: Sequence[dict[str, Any]]) -> None:
     """Keep a result with the machine and the command that it came from."""
     result = {"command": command, "machine": machine(), "rows": list(rows)}
