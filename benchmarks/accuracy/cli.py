@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif not options.report_only:
             measurement.run()
     finally:
+        command = [argument for argument in arguments if argument != "--report-only"]
         measurement.name_unfinished()
         results = store.results(plan.all_cells())
         _draw(options.out, results, plan.scores, measurement.skipped)
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             results=results,
             scores=plan.scores,
             skipped=measurement.skipped.reasons,
-            command=shlex.join(["python", "-m", "benchmarks.accuracy", *arguments]),
+            command=shlex.join(["python", "-m", "benchmarks.accuracy", *command]),
             settings=plan.sample_settings(),
         )
     print((options.out / "report.md").read_text())

@@ -114,6 +114,7 @@ def _line(axis: Any, method: str, own: list[Row], scale: int) -> None:
         markersize=4,
         color=color,
         label=method,
+        zorder=3 if method.startswith("quest") else 2,  # the oracle would hide it
     )
     axis.fill_between(
         budgets,
