@@ -9,8 +9,8 @@
 // A step writes to the newest pages alone. So a launch that directly follows write_kv begins while
 // that still runs, and waits for it only where it comes to those pages.
 //
-// A long row that fits its budget would keep its cluster busy for long. Further CTAs, which have
-// nothing else to do, share such rows (split_decode.cuh).
+// A long row that fits its budget would keep its cluster busy for long. All CTAs share such rows
+// when they are done with their own (split_decode.cuh).
 //
 // Bytes: those of score and sparse_decode.
 #include <algorithm>
@@ -126,7 +126,7 @@ class ClusterDecode {
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride) {}
 
-  // Whether this row is not left to those who share long dense rows.
+  // Whether this row is not one of those that all CTAs share.
   __device__ bool is_ours() const { return is_sparse() || seq_len_ <= kLongDenseTokens; }
 
   __device__ void run() {
@@ -456,34 +456,29 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
                                   kResident<kHeadSize, kGroupTiles>)
     cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p,
                           const __grid_constant__ Divisors divisors, int log2_ctas, int stages,
-                          int room) {
-  // grid: [rows, KV heads, CTAs of a cluster], then CTAs for long dense rows.
+                          int room, int sharing) {
+  // grid: [rows, KV heads, CTAs of a cluster]
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) unsigned char shared_memory[];
+  using Decode = ClusterDecode<T, kHeadSize, kGroupTiles>;
   const Rows& rows = p.decode.rows;
-  const int clustered = rows.num_rows * p.decode.cache.num_kv_heads << log2_ctas;
-  if (static_cast<int>(blockIdx.x) >= clustered) [[unlikely]] {
-    using Split = SplitDecode<T, kHeadSize, kGroupTiles>;
-    const auto is_ours = [&](int row) {
-      return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
-    };
-    bool has_work = false;
-    for (int row = threadIdx.x; row < rows.num_rows; row += Split::kThreads) {
-      has_work = has_work || is_ours(row);
-    }
-    if (!__syncthreads_or(has_work)) return;
-    Split::attend(p.decode, shared_memory, 1, blockIdx.x - clustered, gridDim.x - clustered,
-                  is_ours);
-    return;
+  const auto is_shared = [&](int row) {
+    return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
+  };
+  bool any_shared = false;
+  for (int row = threadIdx.x; row < rows.num_rows; row += Decode::kThreads) {
+    any_shared = any_shared || is_shared(row);
   }
-  ClusterDecode<T, kHeadSize, kGroupTiles> decode(p, divisors, shared_memory, log2_ctas, stages,
-                                                  room);
+  Decode decode(p, divisors, shared_memory, log2_ctas, stages, room);
   if (decode.is_ours()) {
     decode.run();
   } else {
     wait_for_previous_kernel();
     release_next_kernel();
   }
+  if (!__syncthreads_or(any_shared)) return;
+  SplitDecode<T, kHeadSize, kGroupTiles>::attend(p.decode, shared_memory, 1, blockIdx.x, sharing,
+                                                 is_shared);
 #endif
 }
 
@@ -562,15 +557,15 @@ struct Launcher {
     while (log2_ctas < kMaxClusterLog2 && shared().clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
     const Limits& limits = alone().clusters[log2_ctas] >= pairs ? alone() : shared();
     if (limits.clusters[0] == 0) return cudaErrorInvalidConfiguration;
-    const int more = max_decode_ctas() >> log2_ctas;  // for long dense rows
+    const int sharing = std::min(pairs << log2_ctas, max_decode_ctas());  // CTAs: long dense rows
     const KvCache& cache = params.decode.cache;
     const Divisors divisors = {Divisor(cache.page_size), Divisor(cache.pages_per_block),
                                Divisor(cache.num_kv_heads),
                                Divisor(params.decode.group_size * M::kHeadSize >> log2_ctas)};
     cudaLaunchAttribute attributes[2];
-    const auto all = config(pairs + more, log2_ctas, limits.shared_bytes, stream, attributes);
+    const auto all = config(pairs, log2_ctas, limits.shared_bytes, stream, attributes);
     return cudaLaunchKernelEx(&all, kernel, params, divisors, log2_ctas, limits.stages,
-                              room(limits));
+                              room(limits), sharing);
   }
 };
 
