@@ -129,6 +129,16 @@ class ClusterDecode {
   // Whether this row is not one of those that all CTAs share.
   __device__ bool is_ours() const { return is_sparse() || seq_len_ <= kLongDenseTokens; }
 
+  // After run: the shared memory can be used for something else.
+  __device__ void retire() {
+    if (lane_ < stages_) shared_.arrived[warp_][lane_].retire();
+    if (threadIdx.x == 0) {
+      shared_.scores_arrived.retire();
+      shared_.parts_arrived.retire();
+    }
+    __syncthreads();
+  }
+
   __device__ void run() {
     // Before other kernels have finished: what depends on none of them.
     const int blocks =
@@ -477,6 +487,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
     release_next_kernel();
   }
   if (!__syncthreads_or(any_shared)) return;
+  if (decode.is_ours()) decode.retire();
   SplitDecode<T, kHeadSize, kGroupTiles>::attend(p.decode, shared_memory, 1, blockIdx.x, sharing,
                                                  is_shared);
 #endif
