@@ -24,11 +24,11 @@ using GroupQuery = Vec[kGroupTiles][Tile<kHeadSize>::kVecs][kWarpSize];
 template <typename T, int kHeadSize, int kGroupTiles, int kThreads>
 class GroupQueryLoad {
  public:
-  __device__ GroupQueryLoad(const T* query, int64_t head_stride, int group_size) {
+  __device__ void load(const T* query, int64_t head_stride, int group_size) {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
-      const int i = threadIdx.x + k * kThreads;
-      const int lane = i % kWarpSize, j = i / kWarpSize % kVecs, tile = i / kWarpSize / kVecs;
+      const unsigned i = threadIdx.x + k * kThreads;  // unsigned: cheaper to divide
+      const unsigned lane = i % kWarpSize, j = i / kWarpSize % kVecs, tile = i / kWarpSize / kVecs;
       const int head = tile * 8 + lane / 4;
       vecs_[k] = {};
       if (i < kTotal && head < group_size) {

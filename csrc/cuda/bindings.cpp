@@ -72,7 +72,8 @@ Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& bu
           .block_table_stride = block_table.stride(0),
           .seq_lens = int32s(seq_lens, first_row),
           .budgets = int32s(budgets, first_row),
-          .num_rows = static_cast<int>(num_rows)};
+          .num_rows = static_cast<int>(num_rows),
+          .max_blocks = static_cast<int>(block_table.size(1))};
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {

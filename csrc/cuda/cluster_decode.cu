@@ -121,10 +121,17 @@ class ClusterDecode {
         rank_(rank_in_cluster()),
         row_(divisors.num_kv_heads.quotient(blockIdx.x >> log2_ctas)),
         head_((blockIdx.x >> log2_ctas) - row_ * p_.cache.num_kv_heads),
+        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
+        first_entry_(load_once(table_ + min(static_cast<int>(threadIdx.x),
+                                            p_.rows.max_blocks - 1))),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_(p_.rows.budgets[row_]),
-        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
-        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride) {}
+        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {
+    if (!follows_write_kv_) wait_for_previous_kernel();
+    query_.load(static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
+                    head_ * p_.group_size * p_.query_head_stride,
+                p_.query_head_stride, p_.group_size);
+  }
 
   // Whether this row is not one of those that all CTAs share.
   __device__ bool is_ours() const { return is_sparse() || seq_len_ <= kLongDenseTokens; }
@@ -143,24 +150,23 @@ class ClusterDecode {
     // Before other kernels have finished: what depends on none of them.
     const int blocks =
         divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
-    for (int i = threadIdx.x; i < min(blocks, kTableEntries); i += kThreads) {
+    shared_.table[threadIdx.x] = first_entry_;
+#pragma unroll 1
+    for (int i = threadIdx.x + kThreads; i < min(blocks, kTableEntries); i += kThreads) {
       shared_.table[i] = load_once(table_ + i);
     }
     if (lane_ < stages_) shared_.arrived[warp_][lane_].init();
     if (threadIdx.x == 0) expect_messages();
     shared_.selection.clear();
-    if (!follows_write_kv_ || budget_ == kUnsettledPages) wait_for_previous_kernel();
+    if (budget_ == kUnsettledPages) wait_for_previous_kernel();
     __syncthreads();
     cluster_arrive();
 
-    GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query(
-        static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
-            head_ * p_.group_size * p_.query_head_stride,
-        p_.query_head_stride, p_.group_size);
     if (is_sparse()) {
+#pragma unroll 1
       for (int i = 0; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
     }
-    query.store(shared_.query);
+    query_.store(shared_.query);
     __syncthreads();
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
@@ -451,8 +457,10 @@ class ClusterDecode {
 
   const int log2_ctas_, rank_;  // of the cluster
   const int row_, head_;
-  const int seq_len_, budget_, num_pages_;
   const int32_t* const table_;
+  const int32_t first_entry_;  // of the table, of those that this thread keeps in shared memory
+  const int seq_len_, budget_, num_pages_;
+  GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
   int32_t* list_ = nullptr;    // of pages that this CTA attends to
   Place copied_, used_;        // the next tiles of this warp
@@ -472,19 +480,20 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using Decode = ClusterDecode<T, kHeadSize, kGroupTiles>;
   const Rows& rows = p.decode.rows;
-  const auto is_shared = [&](int row) {
-    return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
-  };
-  bool any_shared = false;
-  for (int row = threadIdx.x; row < rows.num_rows; row += Decode::kThreads) {
-    any_shared = any_shared || is_shared(row);
-  }
   Decode decode(p, divisors, shared_memory, log2_ctas, stages, room);
   if (decode.is_ours()) {
     decode.run();
   } else {
     wait_for_previous_kernel();
     release_next_kernel();
+  }
+  const auto is_shared = [&](int row) {
+    return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
+  };
+  bool any_shared = !decode.is_ours();
+#pragma unroll 1
+  for (int row = threadIdx.x; row < rows.num_rows && rows.num_rows > 1; row += Decode::kThreads) {
+    any_shared = any_shared || is_shared(row);
   }
   if (!__syncthreads_or(any_shared)) return;
   if (decode.is_ours()) decode.retire();

@@ -27,7 +27,7 @@ struct Rows {
   int64_t block_table_stride;  // of num_rows
   const int32_t* seq_lens;     // [num_rows] tokens
   const int32_t* budgets;      // [num_rows] pages
-  int num_rows;
+  int num_rows, max_blocks;
 };
 
 struct WriteKvParams {

@@ -64,6 +64,7 @@ struct SelectionMemory {
 
   // By all threads, before they choose; then they pass a barrier.
   __device__ void clear() {
+#pragma unroll 1
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
     if (threadIdx.x == 0) num_undecided = 0;
   }

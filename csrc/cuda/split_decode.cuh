@@ -191,10 +191,10 @@ class SplitDecode {
 
   // Begin with a (row, KV head): its query, and nothing attended to.
   __device__ void start(const Segment& segment) {
-    GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query(
-        static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
-            segment.head * p_.group_size * p_.query_head_stride,
-        p_.query_head_stride, p_.group_size);
+    GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query;
+    query.load(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
+                   segment.head * p_.group_size * p_.query_head_stride,
+               p_.query_head_stride, p_.group_size);
     query.store(shared_.query);
     warp_attention_.reset();
     __syncthreads();
