@@ -6,7 +6,8 @@
 
 Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
 bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
-requests are prefilled; then the median time of a decode step over all of them is taken.
+requests are prefilled; then the median time of a decode step over all of them is taken. A case's
+tokens are those that a request has at the end: 2048 fit the default budget, 2304 are beyond it.
 """
 
 import argparse
@@ -45,11 +46,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
     "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
 }
-CASES = ("8b:1x2048", "8b:1x32768", "8b:1x122880", "8b:8x32768", "8b:4x122880", "7b:4x32768")
+CASES = ("8b:1x2048", "8b:1x2304", "8b:1x32768", "8b:1x122880", "8b:8x32768", "8b:4x122880", "7b:4x32768")
 
 
 def parse_case(case: str) -> tuple[str, int, int]:
-    """`8b:4x122880` is the model 8b, 4 requests, 122880 tokens each."""
+    """`8b:4x122880` is the model 8b, 4 requests, 122880 tokens each, prompt and output."""
     model, _, shape = case.partition(":")
     requests, _, context = shape.partition("x")
     if model not in MODELS:
@@ -57,7 +58,7 @@ def parse_case(case: str) -> tuple[str, int, int]:
     return model, int(requests), int(context)
 
 
-def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, int]], tokens: int):
+def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, int]]):
     from vllm import LLM
 
     quest = {"additional_config": {"quest": {"token_budget": token_budget}}}
@@ -67,7 +68,7 @@ def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, i
         load_format="dummy",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        max_model_len=max(context for _, context in cases) + tokens + 1,
+        max_model_len=max(context for _, context in cases),
         max_num_seqs=max(16, *(requests for requests, _ in cases)),
         max_num_batched_tokens=8192,
         gpu_memory_utilization=0.9,
@@ -82,13 +83,13 @@ def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -
 
     engine = llm.llm_engine
     cache = engine.vllm_config.cache_config
-    blocks = num_requests * -(-(context + num_tokens) // cache.block_size)
+    blocks = num_requests * -(-context // cache.block_size)
     if blocks > cache.num_gpu_blocks:
         print(f"{num_requests} x {context}: {blocks} blocks do not fit {cache.num_gpu_blocks}")
         return None
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for request in range(num_requests):
-        prompt = [1 + (request + 7 * i) % 31000 for i in range(context)]
+        prompt = [1 + (request + 7 * i) % 31000 for i in range(context - num_tokens)]
         engine.add_request(
             f"{num_requests}x{context}-{request}", {"prompt_token_ids": prompt}, params
         )
@@ -134,7 +135,7 @@ def main() -> None:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
             shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
             for backend in arguments.backends:
-                llm = start(folder, backend, arguments.budget, shapes, arguments.tokens)
+                llm = start(folder, backend, arguments.budget, shapes)
                 for requests, context in shapes:
                     progress.set_description(f"{backend} {model} {requests} x {context}")
                     case = (model, requests, context, backend)
