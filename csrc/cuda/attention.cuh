@@ -59,9 +59,7 @@ __device__ __forceinline__ float rescale(float maximum, float new_maximum) {
   return maximum == -INFINITY ? 0.0f : exp2_fast(maximum - new_maximum);
 }
 
-// `kKeyUnroll`: of the loop over a key. 1 makes the code shorter, for those who run through it a
-// few times only and wait for it to be fetched.
-template <typename T, int kHeadSize, int kGroupTiles, int kKeyUnroll = kHeadSize / 32>
+template <typename T, int kHeadSize, int kGroupTiles>
 class WarpAttention {
  public:
   using Tile = quest::cuda::Tile<kHeadSize>;
@@ -137,7 +135,7 @@ class WarpAttention {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float sum[2][4] = {};  // two sums shorten the chain of products
-#pragma unroll kKeyUnroll
+#pragma unroll 4             // all would need too many registers at a head size of 256
       for (int j = 0; j < kVecs; ++j) {
         const Vec query = query_[tile][j][lane_];
         const auto* key = reinterpret_cast<const Vec*>(rows) + vec_of<kHeadSize>(j, c_);

@@ -58,22 +58,6 @@ struct ClusterMemory {
   float2 weight[kMaxClusterCtas][kHeads];  // and of each CTA, where this one merges
 };
 
-// Parts of an attention that are merged one after another: `kCount` elements of a head's weighted
-// values, with the maximum (base 2) and the sum of their weights.
-template <int kCount>
-struct Merged {
-  float maximum = -INFINITY, sum = 0.0f, values[kCount] = {};
-
-  __device__ __forceinline__ void add(float2 weight, const float* part) {
-    const float old_maximum = maximum;
-    maximum = fmaxf(maximum, weight.x);
-    const float old_factor = rescale(old_maximum, maximum), factor = rescale(weight.x, maximum);
-    sum = sum * old_factor + weight.y * factor;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] = values[k] * old_factor + part[k] * factor;
-  }
-};
-
 // One CTA's part in its cluster's work for a (row, KV head).
 template <typename T, int kHeadSize, int kGroupTiles>
 class ClusterDecode {
@@ -82,7 +66,7 @@ class ClusterDecode {
   using Memory = ClusterMemory<kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Memory::kWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
-  using Attention = WarpAttention<T, kHeadSize, kGroupTiles, 1>;
+  using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
   static constexpr int kKeysOfMessage = 4;
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
@@ -122,8 +106,8 @@ class ClusterDecode {
         row_(divisors.num_kv_heads.quotient(blockIdx.x >> log2_ctas)),
         head_((blockIdx.x >> log2_ctas) - row_ * p_.cache.num_kv_heads),
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
-        first_entry_(load_once(table_ + min(static_cast<int>(threadIdx.x),
-                                            p_.rows.max_blocks - 1))),
+        first_entry_(
+            load_once(table_ + min(static_cast<int>(threadIdx.x), p_.rows.max_blocks - 1))),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_(p_.rows.budgets[row_]),
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {
@@ -134,7 +118,7 @@ class ClusterDecode {
   }
 
   // Whether this row is not one of those that all CTAs share.
-  __device__ bool is_ours() const { return is_sparse() || seq_len_ <= kLongDenseTokens; }
+  __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
 
   // After run: the shared memory can be used for something else.
   __device__ void retire() {
@@ -175,9 +159,6 @@ class ClusterDecode {
       select();
     }
     attend();
-    if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == 0) {
-      count_row(p_.counters, p_.cache, seq_len_, budget_);
-    }
   }
 
  private:
@@ -257,7 +238,7 @@ class ClusterDecode {
     for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
       const float2 scores =
-          score_pages<T, kHeadSize, kGroupTiles, 1>(tile(used_), [&](int group, int j) {
+          score_pages<T, kHeadSize, kGroupTiles, 2>(tile(used_), [&](int group, int j) {
             const int head = min(group * 8 + r_, p_.group_size - 1);
             return shared_.query[head / 8][j][head % 8 * 4 + c_];
           });
@@ -349,8 +330,15 @@ class ClusterDecode {
       if (next < num_tiles) copy_tile(next);
     }
     wait_for_previous_kernel();
+    merge_warps(attention);
+    if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == kThreads - 1) {
+      count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_);
+    }
+    wait_for(shared_.parts_arrived);
+    // Not earlier: CTAs that come while others have not finished are crowded on few
+    // multiprocessors.
     release_next_kernel();
-    merge(attention);
+    merge_ctas();
   }
 
   // Look up where this warp's next tiles lie: lane l the half l % 2 of the l / 2-th.
@@ -384,9 +372,9 @@ class ClusterDecode {
     copied_.advance(stages_);
   }
 
-  // Merge what the warps found, then what the CTAs found: each merges a share of the elements
-  // [group_size, head_size], which the others send it.
-  __device__ void merge(const Attention& attention) {
+  // Merge what the warps found, and send each CTA its share of the elements, [group_size,
+  // head_size]. Maximum first, then the sum: rounds that wait for one another take longer.
+  __device__ void merge_warps(const Attention& attention) {
     float* const values = reinterpret_cast<float*>(tile(Place()));
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
@@ -412,35 +400,74 @@ class ClusterDecode {
 #pragma unroll 1
     for (int i = 2 * threadIdx.x; i < p_.group_size * kHeadSize; i += 2 * kThreads) {
       const int head = i / kHeadSize, dim = i % kHeadSize;
-      Merged<2> merged;
-#pragma unroll 2
+      float2 weight[kWarps], part[kWarps];
+      float maximum = -INFINITY, sum = 0.0f;
+#pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) {
-        const auto* part = reinterpret_cast<const float*>(tiles_ + warp * kTileBytes);
-        merged.add(shared_.warp_weight[warp][head], part + head * kPitch + dim);
+        weight[warp] = shared_.warp_weight[warp][head];
+        part[warp] = *reinterpret_cast<const float2*>(tiles_ + warp * kTileBytes +
+                                                      (head * kPitch + dim) * sizeof(float));
+        maximum = fmaxf(maximum, weight[warp].x);
+      }
+      float2 merged = {};
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) {
+        const float factor = rescale(weight[warp].x, maximum);
+        sum += weight[warp].y * factor;
+        merged.x += part[warp].x * factor;
+        merged.y += part[warp].y * factor;
       }
       const int cta = divisors_.share.quotient(i), element = i - cta * share();
       tell(cta, merged_ + rank_ * share() + element, shared_.parts_arrived,
-           make_uint2(__float_as_uint(merged.values[0]), __float_as_uint(merged.values[1])));
+           make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
         tell(cta, &shared_.weight[rank_][head], shared_.parts_arrived,
-             make_uint2(__float_as_uint(merged.maximum), __float_as_uint(merged.sum)));
+             make_uint2(__float_as_uint(maximum), __float_as_uint(sum)));
       }
     }
-    wait_for(shared_.parts_arrived);
+  }
 
+  // Merge what the CTAs found, this one's share. Neighbouring lanes have an element together, with
+  // up to 4 CTAs' parts each.
+  __device__ void merge_ctas() const {
+    constexpr int kParts = 4;
+    const int log2_lanes = max(0, log2_ctas_ - 2), lane = lane_ & ((1 << log2_lanes) - 1);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < share(); i += kThreads) {
-      const int element = rank_ * share() + i, head = element / kHeadSize;
-      Merged<1> merged;
-#pragma unroll 2
-      for (int cta = 0; cta < ctas(); ++cta) {
-        merged.add(shared_.weight[cta][head], merged_ + cta * share() + i);
+    for (int first = 0; first < share(); first += kThreads >> log2_lanes) {
+      const int i = first + (static_cast<int>(threadIdx.x) >> log2_lanes);
+      const int in_share = min(i, share() - 1), element = rank_ * share() + in_share;
+      const int head = element / kHeadSize;
+      float2 weight[kParts];
+      float part[kParts];
+      float maximum = -INFINITY, sum = 0.0f, merged = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        const int cta = min(lane + (k << log2_lanes), ctas() - 1);
+        weight[k] = shared_.weight[cta][head];
+        part[k] = merged_[cta * share() + in_share];
+        if (lane + (k << log2_lanes) >= ctas()) weight[k].x = -INFINITY;
+        maximum = fmaxf(maximum, weight[k].x);
       }
+#pragma unroll 1
+      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, lanes));
+      }
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        const float factor = rescale(weight[k].x, maximum);
+        sum += weight[k].y * factor;
+        merged += part[k] * factor;
+      }
+#pragma unroll 1
+      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+        merged += __shfl_xor_sync(kAllLanes, merged, lanes);
+      }
+      if (lane != 0 || i >= share()) continue;
       T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
                      (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
-      const float x = __fdividef(merged.values[0], merged.sum);
-      *out = Element<T>::from_float(merged.sum == 0.0f ? 0.0f : x);  // 0 for a row without tokens
+      *out = Element<T>::from_float(sum == 0.0f ? 0.0f : __fdividef(merged, sum));  // 0: no tokens
     }
   }
 
@@ -480,6 +507,9 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
   extern __shared__ __align__(16) unsigned char shared_memory[];
   using Decode = ClusterDecode<T, kHeadSize, kGroupTiles>;
   const Rows& rows = p.decode.rows;
+  // Of another row, a thread each: asked for now, needed at the end.
+  const int other = min(static_cast<int>(threadIdx.x), rows.num_rows - 1);
+  const int other_len = rows.seq_lens[other], other_budget = rows.budgets[other];
   Decode decode(p, divisors, shared_memory, log2_ctas, stages, room);
   if (decode.is_ours()) {
     decode.run();
@@ -490,9 +520,9 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
   const auto is_shared = [&](int row) {
     return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
   };
-  bool any_shared = !decode.is_ours();
+  bool any_shared = is_long_dense(other_len, other_budget, p.decode.cache.page_size);
 #pragma unroll 1
-  for (int row = threadIdx.x; row < rows.num_rows && rows.num_rows > 1; row += Decode::kThreads) {
+  for (int row = threadIdx.x + Decode::kThreads; row < rows.num_rows; row += Decode::kThreads) {
     any_shared = any_shared || is_shared(row);
   }
   if (!__syncthreads_or(any_shared)) return;
@@ -570,11 +600,12 @@ struct Launcher {
     return limits.clusters[0] == 0 ? 0 : Decode::room(limits.shared_bytes, limits.stages);
   }
 
-  // In the largest clusters that all run at once; with two tiles a warp where these fit as well.
+  // Where rows are few, in the largest clusters that all run at once with a multiprocessor to each
+  // CTA. Larger ones, two CTAs to a multiprocessor, are slower.
   static cudaError_t launch(const ClusterDecodeParams& params, cudaStream_t stream) {
     const int pairs = params.decode.rows.num_rows * params.decode.cache.num_kv_heads;
     int log2_ctas = 0;
-    while (log2_ctas < kMaxClusterLog2 && shared().clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
+    while (log2_ctas < kMaxClusterLog2 && alone().clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
     const Limits& limits = alone().clusters[log2_ctas] >= pairs ? alone() : shared();
     if (limits.clusters[0] == 0) return cudaErrorInvalidConfiguration;
     const int sharing = std::min(pairs << log2_ctas, max_decode_ctas());  // CTAs: long dense rows

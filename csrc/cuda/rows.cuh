@@ -21,22 +21,21 @@ constexpr int kGrowingPages = 16;
 __host__ __device__ constexpr int div_up(int n, int d) { return n / d + (n % d != 0); }
 
 __device__ __forceinline__ bool over_budget(int seq_len, int budget_pages, int page_size) {
-  return div_up(seq_len, page_size) > budget_pages;
+  return seq_len > int64_t{budget_pages} * page_size;
 }
 
 __device__ __forceinline__ bool is_long_dense(int seq_len, int budget_pages, int page_size) {
   return seq_len > kLongDenseTokens && !over_budget(seq_len, budget_pages, page_size);
 }
 
-// Adds what a row reads, in all its KV heads, to the counters: by one thread of the grid.
-__device__ inline void count_row(int64_t* counters, const KvCache& cache, int seq_len,
-                                 int budget_pages) {
-  if (seq_len == 0) return;
+// Adds what a row of so many pages reads, in all its KV heads, to the counters: by one thread of a
+// grid.
+__device__ inline void count_row(int64_t* counters, int num_kv_heads, int pages, int budget_pages) {
+  if (pages == 0) return;
   const auto add = [&](int counter, int64_t n) {
     atomicAdd(reinterpret_cast<unsigned long long*>(counters) + counter,
-              static_cast<unsigned long long>(n * cache.num_kv_heads));
+              static_cast<unsigned long long>(n * num_kv_heads));
   };
-  const int pages = div_up(seq_len, cache.page_size);
   const bool is_sparse = pages > budget_pages;
   add(is_sparse ? kSparseRows : kDenseRows, 1);
   if (is_sparse) add(kPagesScored, pages);

@@ -101,13 +101,17 @@ class Selection {
     }
     __syncthreads();
 
-    // Count the marks before each thread's words.
+    // Count the marks before each thread's bytes.
+    const auto* bytes = reinterpret_cast<const uint8_t*>(bitmap_);
     int marks = 0;
-    for (int word = first_word(); word < end_word(); ++word) marks += __popc(bitmap_[word]);
+#pragma unroll 1
+    for (int byte = first_byte(); byte < end_byte(); ++byte) marks += __popc(bytes[byte]);
     int i = sum_before(marks);
-    for (int word = first_word(); word < end_word(); ++word) {
-      for (uint32_t bits = bitmap_[word]; bits != 0; bits &= bits - 1) {
-        f(i++, word * kWarpSize + __ffs(bits) - 1);
+#pragma unroll 1
+    for (int byte = first_byte(); byte < end_byte(); ++byte) {
+#pragma unroll 1
+      for (uint32_t bits = bytes[byte]; bits != 0; bits &= bits - 1) {
+        f(i++, byte * 8 + __ffs(bits) - 1);
       }
     }
   }
@@ -127,10 +131,10 @@ class Selection {
   }
   static __device__ int page_of(uint64_t value) { return ~static_cast<uint32_t>(value); }
 
-  // A thread counts the marks of neighbouring words, mostly of one.
-  __device__ int words_of_thread() const { return (words_ + kThreads - 1) / kThreads; }
-  __device__ int first_word() const { return static_cast<int>(threadIdx.x) * words_of_thread(); }
-  __device__ int end_word() const { return min(first_word() + words_of_thread(), words_); }
+  // A thread counts the marks of neighbouring bytes, mostly of one.
+  __device__ int bytes_of_thread() const { return (words_ * 4 + kThreads - 1) / kThreads; }
+  __device__ int first_byte() const { return static_cast<int>(threadIdx.x) * bytes_of_thread(); }
+  __device__ int end_byte() const { return min(first_byte() + bytes_of_thread(), words_ * 4); }
 
   // Narrow down the lowest of the `count` highest keys.
   __device__ Undecided narrow(int count, const KeyRange& range) {
@@ -243,16 +247,16 @@ class Selection {
 
   // The same where all undecided pages have one key: mark the first `count` of them.
   __device__ void mark_first_equal(const Undecided& undecided) {
+    const int first = first_byte() * 8, end = end_byte() * 8;
     int equal = 0;
-    for (int word = first_word(); word < end_word(); ++word) {
-      for (int i = 0; i < kWarpSize; ++i) equal += is_equal(word * kWarpSize + i, undecided.high);
-    }
+#pragma unroll 1
+    for (int page = first; page < end; ++page) equal += is_equal(page, undecided.high);
     int ordinal = sum_before(equal);  // of this thread's first one
-    for (int word = first_word(); word < end_word(); ++word) {
-      for (int i = 0; i < kWarpSize; ++i) {
-        if (!is_equal(word * kWarpSize + i, undecided.high)) continue;
-        if (ordinal++ < undecided.count) bitmap_[word] |= 1u << i;
-      }
+#pragma unroll 1
+    for (int page = first; page < end; ++page) {
+      if (!is_equal(page, undecided.high)) continue;
+      if (ordinal++ >= undecided.count) return;
+      reinterpret_cast<uint8_t*>(bitmap_)[page / 8] |= 1u << page % 8;
     }
   }
   __device__ bool is_equal(int page, uint32_t x) const {

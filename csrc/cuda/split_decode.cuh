@@ -127,7 +127,8 @@ class SplitDecode {
     if (p.counters != nullptr && threadIdx.x == 0) {
       for (int row = cta; row < p.rows.num_rows; row += num_ctas) {
         if (is_ours(row)) {
-          count_row(p.counters, p.cache, p.rows.seq_lens[row], p.rows.budgets[row]);
+          const int pages = div_up(p.rows.seq_lens[row], p.cache.page_size);
+          count_row(p.counters, p.cache.num_kv_heads, pages, p.rows.budgets[row]);
         }
       }
     }
