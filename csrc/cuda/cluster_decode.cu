@@ -120,13 +120,14 @@ class ClusterDecode {
   // Whether this row is not one of those that all CTAs share.
   __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
 
-  // After run: the shared memory can be used for something else.
+  // After run: the shared memory can be used for something else, by copies as well.
   __device__ void retire() {
     if (lane_ < stages_) shared_.arrived[warp_][lane_].retire();
     if (threadIdx.x == 0) {
       shared_.scores_arrived.retire();
       shared_.parts_arrived.retire();
     }
+    copies_follow_accesses();
     __syncthreads();
   }
 

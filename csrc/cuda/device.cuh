@@ -152,6 +152,14 @@ __device__ __forceinline__ void copy_vec(uint32_t to_shared, uint64_t from) {
 }
 #endif
 
+// What this thread did with shared memory comes before bulk copies that are asked for later: by
+// itself, or by others behind a barrier.
+__device__ __forceinline__ void copies_follow_accesses() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void store(void* address, const Vec& v) {
   *reinterpret_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
