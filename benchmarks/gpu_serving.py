@@ -46,7 +46,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
     "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
 }
-CASES = ("8b:1x2048", "8b:1x2304", "8b:1x32768", "8b:1x122880", "8b:8x32768", "8b:4x122880", "7b:4x32768")
+CASES = (
+    "8b:1x2048",
+    "8b:1x2304",
+    "8b:1x32768",
+    "8b:1x122880",
+    "8b:8x32768",
+    "8b:4x122880",
+    "7b:4x32768",
+)
 
 
 def parse_case(case: str) -> tuple[str, int, int]:

@@ -410,7 +410,7 @@ def main() -> None:
     print()
     print_table(rows)
     if args.json:
-        write_json(args.json, f"benchmarks/kernels.py {' '.join(sys.argv[1:])}", rows)
+        write_json(args.json, " ".join(["python", *sys.argv]), rows)
 
 
 if __name__ == "__main__":
