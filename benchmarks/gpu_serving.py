@@ -131,6 +131,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
+    for model, requests, context in arguments.cases:
+        if context <= arguments.tokens:
+            parser.error(
+                f"{model}:{requests}x{context} has no room for a prompt before {arguments.tokens} "
+                "output tokens: name more tokens, or lower --tokens"
+            )
 
     print_machine()
     step_ms: dict[tuple[str, int, int, str], float | None] = {}
