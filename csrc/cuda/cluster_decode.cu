@@ -6,6 +6,10 @@
 // again and again, as long as all keys fit shared memory. Each attends to its share of the chosen
 // pages, as many as the others, and the results are merged over the cluster's shared memory.
 //
+// Where rows are many, a CTA has a (row, KV head) to itself, and all select at about the same time.
+// So that memory is not idle meanwhile, each warp has its best page copied as soon as it has scored
+// the last one. That page is nearly always chosen.
+//
 // A step writes to the newest pages alone. So a launch that directly follows write_kv begins while
 // that still runs, and waits for it only where it comes to those pages.
 //
@@ -42,14 +46,19 @@ struct Divisors {
   Divisor share;  // elements [group_size, head_size] that a CTA merges
 };
 
+template <int kHeadSize>
+struct alignas(16) ClusterBarriers {
+  Barrier tiles[kRings<kHeadSize>][kRing];  // of each warp
+  Barrier scores;                           // from all CTAs: keys, ranges
+  Barrier parts;                            // from all CTAs: merged, weight
+};
+
 template <int kHeadSize, int kGroupTiles>
 struct ClusterMemory {
   static constexpr int kWarps = kRings<kHeadSize>, kHeads = 8 * kGroupTiles;
 
+  ClusterBarriers<kHeadSize> arrived;  // at the start, see kBarrierBytes
   GroupQuery<kHeadSize, kGroupTiles> query;
-  Barrier arrived[kWarps][kRing];            // a warp's tiles
-  Barrier scores_arrived;                    // from all CTAs: keys, ranges
-  Barrier parts_arrived;                     // from all CTAs: merged, weight
   KeyRange ranges[kMaxClusterCtas][kWarps];  // of the keys of each CTA's warps
   SelectionMemory<kWarps * kWarpSize> selection;
   int32_t table[kTableEntries];
@@ -68,12 +77,16 @@ class ClusterDecode {
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
+  static constexpr int kRowSize = 2 * kHeadSize;  // of a token: key and value
   static constexpr int kKeysOfMessage = 4;
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.
   static constexpr int kPitch = kHeadSize + 4;
   static constexpr int kPartBytes = 8 * kGroupTiles * kPitch * sizeof(float);
   static constexpr int kTileBytes = std::max({Tile::kBytes, Bounds::kBytes, kPartBytes});
+
+  // Barriers stay what they are: racecheck takes a second barrier in the place of one for a race.
+  static constexpr int kBarrierBytes = sizeof(ClusterBarriers<kHeadSize>);
 
   // Of dynamic shared memory: [Memory, merged [group_size, head_size], tiles [stages, kWarps],
   // keys [room], bitmap [key_groups(room)]].
@@ -120,13 +133,9 @@ class ClusterDecode {
   // Whether this row is not one of those that all CTAs share.
   __device__ bool is_ours() const { return !is_long_dense(seq_len_, budget_, p_.cache.page_size); }
 
-  // After run: the shared memory can be used for something else, by copies as well.
-  __device__ void retire() {
-    if (lane_ < stages_) shared_.arrived[warp_][lane_].retire();
-    if (threadIdx.x == 0) {
-      shared_.scores_arrived.retire();
-      shared_.parts_arrived.retire();
-    }
+  // After run: the shared memory behind the barriers can be used for something else, by copies as
+  // well.
+  __device__ static void leave_memory() {
     copies_follow_accesses();
     __syncthreads();
   }
@@ -136,11 +145,20 @@ class ClusterDecode {
     const int blocks =
         divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
     shared_.table[threadIdx.x] = first_entry_;
-#pragma unroll 1
-    for (int i = threadIdx.x + kThreads; i < min(blocks, kTableEntries); i += kThreads) {
-      shared_.table[i] = load_once(table_ + i);
+    if (blocks > kThreads) {  // the others all asked for at once
+      constexpr int kMore = kTableEntries / kThreads - 1;
+      int32_t entries[kMore];
+#pragma unroll
+      for (int k = 0; k < kMore; ++k) {
+        entries[k] =
+            load_once(table_ + min((k + 1) * kThreads + static_cast<int>(threadIdx.x), blocks - 1));
+      }
+#pragma unroll
+      for (int k = 0; k < kMore; ++k) {
+        shared_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
+      }
     }
-    if (lane_ < stages_) shared_.arrived[warp_][lane_].init();
+    if (lane_ < stages_) shared_.arrived.tiles[warp_][lane_].init();
     if (threadIdx.x == 0) expect_messages();
     shared_.selection.clear();
     if (budget_ == kUnsettledPages) wait_for_previous_kernel();
@@ -156,7 +174,7 @@ class ClusterDecode {
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
       score();
-      wait_for(shared_.scores_arrived);
+      wait_for(shared_.arrived.scores);
       select();
     }
     attend();
@@ -178,16 +196,16 @@ class ClusterDecode {
 
   // Say how many bytes the CTAs of the cluster will send this one, itself among them.
   __device__ void expect_messages() {
-    shared_.scores_arrived.init();
-    shared_.parts_arrived.init();
+    shared_.arrived.scores.init();
+    shared_.arrived.parts.init();
     if (is_sparse()) {
       const int num_messages = (num_competing() + kKeysOfMessage - 1) / kKeysOfMessage;
-      shared_.scores_arrived.expect(num_messages * sizeof(uint4) +
+      shared_.arrived.scores.expect(num_messages * sizeof(uint4) +
                                     (kWarps << log2_ctas_) * sizeof(KeyRange));
     }
     const int first = rank_ * share(), last = first + share() - 1;
     const int num_heads = last / kHeadSize - first / kHeadSize + 1;
-    shared_.parts_arrived.expect((share() * sizeof(float) + num_heads * sizeof(float2))
+    shared_.arrived.parts.expect((share() * sizeof(float) + num_heads * sizeof(float2))
                                  << log2_ctas_);
   }
 
@@ -206,6 +224,11 @@ class ClusterDecode {
     } else {
       barrier.wait(0);
     }
+  }
+
+  // Whether each warp has its best page copied before pages are chosen: a page as large as a tile.
+  __device__ bool takes_best() const {
+    return log2_ctas_ == 0 && p_.cache.page_size == kTileTokens && budget_ > 1;
   }
 
   // Tiles of 16 pages are dealt to the CTAs in turn.
@@ -228,13 +251,14 @@ class ClusterDecode {
     if (!is_settled_before(first_page + kTilePages)) wait_for_previous_kernel();
     const PagePlace place = look_up(bounds_page<kHeadSize>(first_page, num_competing()));
     copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, head_, place.block, place.page,
-                              shared_.arrived[warp_][copied_.stage]);
+                              shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
 
   // Score this CTA's pages.
   __device__ void score() {
     KeyRange range = KeyRange::of_none();
+    int best = -1;  // of this lane's pages, the first with the highest key
 #pragma unroll 1
     for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
@@ -247,11 +271,14 @@ class ClusterDecode {
       __syncwarp();  // before copies overwrite the tile
       fetch_bounds(first + stages_ * tile_step());
 
-      // Let all CTAs know the keys, 4 to a message. Lanes with c < 2 offer the tile's first 8
-      // pages, the others the next; lane 4 * r + c takes the c-th 4 pages, and sends them to CTAs
-      // r, r + 8.
+      // Let all CTAs know the keys, 4 to a message: lane 4 * r + c sends those of the c-th 4 pages
+      // to CTAs r, r + 8.
       const uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
-      if (first + c_ / 2 * 8 + Bounds::page_of_row(r_) < num_competing()) range.add(key);
+      const int page_of_key = first + c_ / 2 * 8 + Bounds::page_of_row(r_);
+      if (page_of_key < num_competing()) {
+        if (key > range.highest) best = page_of_key;
+        range.add(key);
+      }
       uint32_t keys[kKeysOfMessage];
 #pragma unroll
       for (int k = 0; k < kKeysOfMessage; ++k) {
@@ -261,15 +288,37 @@ class ClusterDecode {
       if (page >= num_competing()) continue;
 #pragma unroll 1
       for (int cta = r_; cta < ctas(); cta += 8) {
-        tell(cta, keys_ + page, shared_.scores_arrived,
+        tell(cta, keys_ + page, shared_.arrived.scores,
              make_uint4(keys[0], keys[1], keys[2], keys[3]));
       }
     }
-    range = range.of_warp();
+    const KeyRange of_warp = range.of_warp();
     if (lane_ < ctas()) {
-      tell(lane_, &shared_.ranges[rank_][warp_], shared_.scores_arrived,
-           make_uint2(range.lowest, range.highest));
+      tell(lane_, &shared_.ranges[rank_][warp_], shared_.arrived.scores,
+           make_uint2(of_warp.lowest, of_warp.highest));
     }
+    const unsigned has_best =
+        __ballot_sync(kAllLanes, best >= 0 && range.highest == of_warp.highest);
+    if (takes_best() && has_best != 0) {
+      copy_best(__shfl_sync(kAllLanes, best, __ffs(has_best) - 1));
+    }
+  }
+
+  // Have a page copied that will probably be chosen.
+  __device__ void copy_best(int page) {
+    best_ = page;
+    if (!is_settled_before(page + 1)) wait_for_previous_kernel();
+    const int64_t start = start_of(page) + lane_ % kTileTokens * kRowSize;
+    copy_tile_of<kHeadSize>(tile(copied_), static_cast<const T*>(p_.cache.data) + start, true,
+                            shared_.arrived.tiles[warp_][copied_.stage]);
+    copied_.advance(stages_);
+  }
+
+  // Where a page's keys and values lie in the cache, in elements.
+  __device__ int64_t start_of(int page) const {
+    const PagePlace place = look_up(page);
+    return place.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
+           place.page * p_.cache.page_size * kRowSize;
   }
 
   // The range of all CTAs' keys.
@@ -288,7 +337,9 @@ class ClusterDecode {
   }
 
   // Wait for the tile that is used next.
-  __device__ void wait_for_tile() const { shared_.arrived[warp_][used_.stage].wait(used_.parity); }
+  __device__ void wait_for_tile() const {
+    shared_.arrived.tiles[warp_][used_.stage].wait(used_.parity);
+  }
 
   // Choose pages, and list those that this CTA attends to in the place of their keys, which nobody
   // needs any more once pages are chosen.
@@ -298,12 +349,20 @@ class ClusterDecode {
       if ((i & (ctas() - 1)) == rank_) list_[i >> log2_ctas_] = page;
     };
     if (budget_ > 1) {
-      const auto key = [&](int page) { return keys_[page]; };
-      Selection<kThreads, decltype(key)> selection(shared_.selection, key, bitmap_,
-                                                   num_competing());
-      selection.choose(budget_ - 1, range_of_all(), list);
+      const auto keys = [&](int page) {
+        return reinterpret_cast<const uint4*>(keys_)[page / kLaneKeys];
+      };
+      Selection<kThreads, decltype(keys)> selection(shared_.selection, keys, bitmap_,
+                                                    num_competing());
+      selection.choose(budget_ - 1, range_of_all());
+      if (takes_best()) {
+        const bool is_taken = lane_ == 0 && best_ >= 0 && selection.take(best_);
+        is_best_chosen_ = __any_sync(kAllLanes, is_taken);
+        num_taken_ = __syncthreads_count(is_taken);
+      }
+      selection.list(list);
     }
-    if (threadIdx.x == 0) list(budget_ - 1, num_pages_ - 1);
+    if (threadIdx.x == 0) list(budget_ - 1 - num_taken_, num_pages_ - 1);
     __syncthreads();
   }
 
@@ -312,12 +371,18 @@ class ClusterDecode {
   __device__ void attend() {
     Attention attention(shared_.query, p_.scale, p_.soft_cap);
     attention.reset();
-    const int num_attended = min(num_pages_, budget_);
+    const int num_attended = min(num_pages_, budget_) - num_taken_;
     const int num_ours = (num_attended - rank_ + ctas() - 1) >> log2_ctas_;
     const bool has_newest = num_attended > 0 && ((num_attended - 1) & (ctas() - 1)) == rank_;
     const int unfilled = num_pages_ * p_.cache.page_size - seq_len_;
     tokens_ = num_ours * p_.cache.page_size - (has_newest ? unfilled : 0);
 
+    if (best_ >= 0) {
+      wait_for_tile();
+      if (is_best_chosen_) attention.attend(tile(used_), kTileTokens);
+      used_.advance(stages_);
+      __syncwarp();  // before copies overwrite the tile
+    }
     const int num_tiles = (tokens_ + kTileTokens - 1) / kTileTokens;
 #pragma unroll 1
     for (int next = warp_; next < num_tiles + stages_ * kWarps; next += kWarps) {
@@ -335,7 +400,7 @@ class ClusterDecode {
     if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == kThreads - 1) {
       count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_);
     }
-    wait_for(shared_.parts_arrived);
+    wait_for(shared_.arrived.parts);
     // Not earlier: CTAs that come while others have not finished are crowded on few
     // multiprocessors.
     release_next_kernel();
@@ -350,10 +415,7 @@ class ClusterDecode {
     if (position < tokens_) {
       const int ours = divisors_.page_size.quotient(position);
       page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
-      const PagePlace place = look_up(page);
-      const int row = (place.page - ours) * p_.cache.page_size + position;
-      planned_start_ =
-          place.block * p_.cache.block_stride + head_ * p_.cache.head_stride + row * 2 * kHeadSize;
+      planned_start_ = start_of(page) + (position - ours * p_.cache.page_size) * kRowSize;
     }
     if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
   }
@@ -368,8 +430,8 @@ class ClusterDecode {
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
     copy_tile_of<kHeadSize>(tile(copied_),
-                            static_cast<const T*>(p_.cache.data) + start + token * 2 * kHeadSize,
-                            rest >= kTileTokens, shared_.arrived[warp_][copied_.stage]);
+                            static_cast<const T*>(p_.cache.data) + start + token * kRowSize,
+                            rest >= kTileTokens, shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
 
@@ -419,11 +481,11 @@ class ClusterDecode {
         merged.y += part[warp].y * factor;
       }
       const int cta = divisors_.share.quotient(i), element = i - cta * share();
-      tell(cta, merged_ + rank_ * share() + element, shared_.parts_arrived,
+      tell(cta, merged_ + rank_ * share() + element, shared_.arrived.parts,
            make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
-        tell(cta, &shared_.weight[rank_][head], shared_.parts_arrived,
+        tell(cta, &shared_.weight[rank_][head], shared_.arrived.parts,
              make_uint2(__float_as_uint(maximum), __float_as_uint(sum)));
       }
     }
@@ -490,8 +552,11 @@ class ClusterDecode {
   const int seq_len_, budget_, num_pages_;
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
-  int32_t* list_ = nullptr;    // of pages that this CTA attends to
-  Place copied_, used_;        // the next tiles of this warp
+  int32_t* list_ = nullptr;  // of pages that this CTA attends to
+  Place copied_, used_;      // the next tiles of this warp
+  int best_ = -1;            // page that this warp has copied before any was chosen
+  bool is_best_chosen_ = false;
+  int num_taken_ = 0;          // chosen pages that warps have copied so: not listed
   int tokens_ = 0;             // that this CTA attends to
   int planned_ = -1;           // the first planned tile
   int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
@@ -527,9 +592,9 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
     any_shared = any_shared || is_shared(row);
   }
   if (!__syncthreads_or(any_shared)) return;
-  if (decode.is_ours()) decode.retire();
-  SplitDecode<T, kHeadSize, kGroupTiles>::attend(p.decode, shared_memory, 1, blockIdx.x, sharing,
-                                                 is_shared);
+  if (decode.is_ours()) decode.leave_memory();
+  SplitDecode<T, kHeadSize, kGroupTiles>::attend(p.decode, shared_memory + Decode::kBarrierBytes,
+                                                 stages, blockIdx.x, sharing, is_shared);
 #endif
 }
 
@@ -564,28 +629,29 @@ struct Launcher {
     return config;
   }
 
-  // One tile a warp, so that two CTAs share a multiprocessor.
+  // One tile a warp, so that two CTAs share a multiprocessor. No clusters of several.
   static const Limits& shared() {
-    static const Limits found = find_limits(1, kResident<M::kHeadSize, M::kGroupTiles>);
+    static const Limits found = find_limits(1, kResident<M::kHeadSize, M::kGroupTiles>, 0);
     return found;
   }
 
   // Two tiles a warp.
   static const Limits& alone() {
-    static const Limits found = find_limits(kRing, 1);
+    static const Limits found = find_limits(kRing, 1, kMaxClusterLog2);
     return found;
   }
 
-  static Limits find_limits(int stages, int resident) {
+  static Limits find_limits(int stages, int resident, int max_log2) {
     Limits limits = {.stages = stages};
     const int bytes = shared_memory_for(kernel, resident);
     shared_memory_for(kernel, 1);  // allow it the most, whichever limits are found last
-    if (bytes < Decode::fixed_bytes(stages) || bytes < Split::shared_bytes(1, kMaxRows)) {
+    if (bytes < Decode::fixed_bytes(stages) ||
+        bytes < Decode::kBarrierBytes + Split::shared_bytes(stages, kMaxRows)) {
       return limits;
     }
     limits.shared_bytes = bytes;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    for (int log2_ctas = 0; log2_ctas <= kMaxClusterLog2; ++log2_ctas) {
+    for (int log2_ctas = 0; log2_ctas <= max_log2; ++log2_ctas) {
       cudaLaunchAttribute attributes[2];
       const auto one = config(1, log2_ctas, bytes, nullptr, attributes);
       if (cudaOccupancyMaxActiveClusters(&limits.clusters[log2_ctas], kernel, &one) !=

@@ -94,11 +94,6 @@ struct Barrier {
   }
 
 #if __CUDA_ARCH__ >= 900
-  // By one thread, when nobody waits any more: the memory can be used for something else.
-  __device__ __forceinline__ void retire() {
-    asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(address()) : "memory");
-  }
-
   // By one thread, once a phase: it is over when as many bytes have been copied.
   __device__ __forceinline__ void expect(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes)

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
         const uint32_t key = key_of(score[k]);
-        range.add(key);
+        if (first + k * kThreads < newest) range.add(key);
         if (keeps_keys) keys[min(first + k * kThreads, newest - 1)] = key;
       }
     }
@@ -70,11 +70,14 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
     __syncthreads();
     range = lane < kWarps ? ranges[lane] : KeyRange::of_none();
 
-    const auto key = [&](int page) {
-      return keeps_keys ? keys[page] : key_of(load_once(scores + min(page, newest - 1)));
+    const auto key = [&](int page) { return key_of(load_once(scores + min(page, newest - 1))); };
+    const auto keys_from = [&](int page) {
+      if (keeps_keys) return reinterpret_cast<const uint4*>(keys)[page / kLaneKeys];
+      return make_uint4(key(page), key(page + 1), key(page + 2), key(page + 3));
     };
-    Selection<kThreads, decltype(key)> selection(shared, key, bitmap, newest);
-    selection.choose(budget - 1, range.of_warp(), [&](int i, int page) { pages[i] = page; });
+    Selection<kThreads, decltype(keys_from)> selection(shared, keys_from, bitmap, newest);
+    selection.choose(budget - 1, range.of_warp());
+    selection.list([&](int i, int page) { pages[i] = page; });
     __syncthreads();  // before the next one's keys and counts
   }
 }

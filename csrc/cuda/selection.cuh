@@ -7,8 +7,8 @@
 // step is enough. More than 32 equal keys are chosen in the order of their pages. What is chosen is
 // marked in a bitmap, whose bits are then counted, so that every chosen page knows its place.
 //
-// What counts is latency: barriers, and instructions. A CTA runs through this code once or twice,
-// and waits for it to be fetched: loops are short.
+// What counts is latency: barriers, branches, and instructions. A CTA runs through this code once
+// or twice, and waits for it to be fetched: loops are short.
 #pragma once
 
 #include "device.cuh"
@@ -42,9 +42,8 @@ struct KeyRange {
   }
 };
 
-// A warp looks at 128 pages at a time: lane l at pages l, l + 32, l + 64 and l + 96, so that each
-// of four votes fills a word of the bitmap.
-constexpr int kGroupWords = 4, kGroupKeys = kGroupWords * kWarpSize;
+// A warp looks at 128 pages at a time, a lane at four neighbours.
+constexpr int kLaneKeys = 4, kGroupKeys = kLaneKeys * kWarpSize;
 
 __host__ __device__ constexpr int key_groups(int num_pages) {
   return (num_pages + kGroupKeys - 1) / kGroupKeys;
@@ -54,43 +53,44 @@ template <int kThreads>
 struct SelectionMemory {
   static constexpr int kWarps = kThreads / kWarpSize;
 
-  int histogram[kBins];
+  int histogram[kBins + 1];  // the last one: of keys that are not in question
   int counted[kWarps];
   struct {
     int bin, above, count;  // pages in higher bins, and in this one
   } found;
   int num_undecided;
-  uint64_t undecided[kMaxUndecided];  // see Selection::value
+  uint64_t undecided[kMaxUndecided];  // see Selection::value; 0: none
 
   // By all threads, before they choose; then they pass a barrier.
   __device__ void clear() {
 #pragma unroll 1
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
+    if (threadIdx.x < kMaxUndecided) undecided[threadIdx.x] = 0;
     if (threadIdx.x == 0) num_undecided = 0;
   }
 };
 
-// What all threads of a CTA do together. `key(page)` is asked for every page's key several times,
-// and for those of pages up to the end of the last group, where it may return anything.
-template <int kThreads, typename Key>
+// What all threads of a CTA do together. `keys(page)` is asked for the keys of four pages from
+// `page` on, a uint4, several times for each page up to the end of the last group, where it may
+// return anything.
+template <int kThreads, typename Keys>
 class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
 
   // `bitmap`: scratch in shared memory, [key_groups(num_pages)].
-  __device__ Selection(SelectionMemory<kThreads>& shared, Key key, uint4* bitmap, int num_pages)
+  __device__ Selection(SelectionMemory<kThreads>& shared, Keys keys, uint4* bitmap, int num_pages)
       : shared_(shared),
-        key_(key),
+        keys_(keys),
         bitmap_(reinterpret_cast<uint32_t*>(bitmap)),
         num_pages_(num_pages),
-        words_(key_groups(num_pages) * kGroupWords),
+        num_bytes_(key_groups(num_pages) * kGroupKeys / 8),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize) {}
 
-  // Chooses `count` pages, at least one and at most all, and calls f(i, page) for them, in
-  // ascending order from i = 0, each by one thread. `range`: of all keys.
-  template <typename F>
-  __device__ void choose(int count, const KeyRange& range, F f) {
+  // Marks `count` pages, at least one and at most all: those with the highest keys. `range`: of all
+  // keys.
+  __device__ void choose(int count, const KeyRange& range) {
     const Undecided undecided = narrow(count, range);
     mark(undecided);
     __syncthreads();
@@ -100,19 +100,22 @@ class Selection {
       mark_first_equal(undecided);
     }
     __syncthreads();
+  }
 
-    // Count the marks before each thread's bytes.
-    const auto* bytes = reinterpret_cast<const uint8_t*>(bitmap_);
-    int marks = 0;
-#pragma unroll 1
-    for (int byte = first_byte(); byte < end_byte(); ++byte) marks += __popc(bytes[byte]);
-    int i = sum_before(marks);
-#pragma unroll 1
-    for (int byte = first_byte(); byte < end_byte(); ++byte) {
-#pragma unroll 1
-      for (uint32_t bits = bytes[byte]; bits != 0; bits &= bits - 1) {
-        f(i++, byte * 8 + __ffs(bits) - 1);
-      }
+  // Removes the mark of a page; returns whether it had one. By a thread for each such page; then
+  // all pass a barrier.
+  __device__ bool take(int page) {
+    const uint32_t mark = 1u << page % kWarpSize;
+    return (atomicAnd(bitmap_ + page / kWarpSize, ~mark) & mark) != 0;
+  }
+
+  // Calls f(i, page) for the marked pages, in ascending order from i = 0, each by one thread.
+  template <typename F>
+  __device__ void list(F f) {
+    if (num_bytes_ <= kThreads) {
+      list_by<uint8_t>(f);
+    } else {
+      list_by<uint32_t>(f);
     }
   }
 
@@ -131,27 +134,44 @@ class Selection {
   }
   static __device__ int page_of(uint64_t value) { return ~static_cast<uint32_t>(value); }
 
-  // A thread counts the marks of neighbouring bytes, mostly of one.
-  __device__ int bytes_of_thread() const { return (words_ * 4 + kThreads - 1) / kThreads; }
-  __device__ int first_byte() const { return static_cast<int>(threadIdx.x) * bytes_of_thread(); }
-  __device__ int end_byte() const { return min(first_byte() + bytes_of_thread(), words_ * 4); }
+  // list, where a thread goes through neighbouring parts of the bitmap, mostly one.
+  template <typename Part, typename F>
+  __device__ void list_by(F f) {
+    const auto* parts = reinterpret_cast<const Part*>(bitmap_);
+    const int num_parts = num_bytes_ / static_cast<int>(sizeof(Part));
+    const int of_thread = (num_parts + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * of_thread;
+    const int end = min(first + of_thread, num_parts);
+    int marks = 0;
+#pragma unroll 1
+    for (int part = first; part < end; ++part) marks += __popc(parts[part]);
+    int i = sum_before(marks);
+#pragma unroll 1
+    for (int part = first; part < end; ++part) {
+#pragma unroll 1
+      for (uint32_t bits = parts[part]; bits != 0; bits &= bits - 1) {
+        f(i++, part * static_cast<int>(8 * sizeof(Part)) + __ffs(bits) - 1);
+      }
+    }
+  }
+
+  __device__ uint8_t* bytes() const { return reinterpret_cast<uint8_t*>(bitmap_); }
 
   // Narrow down the lowest of the `count` highest keys.
   __device__ Undecided narrow(int count, const KeyRange& range) {
     uint32_t low = range.lowest;
-    int bits =
-        32 - __clz(range.highest - range.lowest);  // in which undecided keys differ from `low`
+    int bits = 32 - __clz(range.highest - low);  // in which undecided keys differ from `low`
 #pragma unroll 1
     while (true) {
       const int shift = max(0, bits - kDigitBits);
-      for_each_group(
-          [&](int, int, const uint32_t (&keys)[kGroupWords], const bool (&exists)[kGroupWords]) {
+      for_each_group([&](int first, const uint32_t (&keys)[kLaneKeys]) {
 #pragma unroll
-            for (int k = 0; k < kGroupWords; ++k) {
-              const uint32_t bin = (keys[k] - low) >> shift;
-              if (exists[k] && bin < kBins) atomicAdd(&shared_.histogram[bin], 1);
-            }
-          });
+        for (int k = 0; k < kLaneKeys; ++k) {
+          const bool is_in = first + k < num_pages_ && keys[k] >= low;
+          const uint32_t bin = is_in ? (keys[k] - low) >> shift : kBins;
+          atomicAdd(&shared_.histogram[min(bin, uint32_t{kBins})], 1);  // without a branch
+        }
+      });
       __syncthreads();
       find_bin(count);
       __syncthreads();
@@ -189,45 +209,36 @@ class Selection {
     }
   }
 
-  // Call f(group, first page of this lane, its keys, which of them exist).
+  // Call f(page, keys) for four neighbouring pages at a time, by each lane.
   template <typename F>
   __device__ void for_each_group(F f) const {
-#pragma unroll 1
-    for (int group = warp_; group < words_ / kGroupWords; group += kWarps) {
-      const int first = group * kGroupKeys + lane_;
-      uint32_t keys[kGroupWords];
-      bool exists[kGroupWords];
-#pragma unroll
-      for (int k = 0; k < kGroupWords; ++k) {
-        keys[k] = key_(first + k * kWarpSize);
-        exists[k] = first + k * kWarpSize < num_pages_;
-      }
-      f(group, first, keys, exists);
+#pragma unroll 2
+    for (int group = warp_; group < key_groups(num_pages_); group += kWarps) {
+      const int first = group * kGroupKeys + lane_ * kLaneKeys;
+      const uint4 four = keys_(first);
+      f(first, {four.x, four.y, four.z, four.w});
     }
   }
 
   // Mark the pages above the undecided ones, and collect these if they are few.
   __device__ void mark(const Undecided& undecided) {
-    for_each_group([&](int group, int first, const uint32_t (&keys)[kGroupWords],
-                       const bool (&exists)[kGroupWords]) {
-      uint32_t words[kGroupWords];
-      bool is_open[kGroupWords];
+    for_each_group([&](int first, const uint32_t (&keys)[kLaneKeys]) {
+      uint32_t marks = 0, open = 0;  // a bit for each page
 #pragma unroll
-      for (int k = 0; k < kGroupWords; ++k) {
-        words[k] = __ballot_sync(kAllLanes, exists[k] && keys[k] > undecided.high);
-        is_open[k] = exists[k] && undecided.is_few &&
-                     keys[k] - undecided.low <= undecided.high - undecided.low;
+      for (int k = 0; k < kLaneKeys; ++k) {
+        const bool exists = first + k < num_pages_;
+        const bool is_above = keys[k] > undecided.high;
+        marks |= uint32_t{exists && is_above} << k;
+        open |= uint32_t{exists && !is_above && keys[k] >= undecided.low} << k;
       }
-      if (lane_ == 0) {
-        reinterpret_cast<uint4*>(bitmap_)[group] =
-            make_uint4(words[0], words[1], words[2], words[3]);
-      }
-      if (!(is_open[0] || is_open[1] || is_open[2] || is_open[3])) return;
-#pragma unroll
-      for (int k = 0; k < kGroupWords; ++k) {
-        if (!is_open[k]) continue;
-        shared_.undecided[atomicAdd(&shared_.num_undecided, 1)] =
-            value(keys[k], first + k * kWarpSize);
+      const uint32_t of_neighbour = __shfl_xor_sync(kAllLanes, marks, 1);
+      if (lane_ % 2 == 0) bytes()[first / 8] = marks | of_neighbour << kLaneKeys;
+      if (open == 0 || !undecided.is_few) return;
+      int i = atomicAdd(&shared_.num_undecided, __popc(open));
+#pragma unroll 1
+      for (; open != 0; open &= open - 1) {
+        const uint32_t key = open & 1 ? keys[0] : open & 2 ? keys[1] : open & 4 ? keys[2] : keys[3];
+        shared_.undecided[i++] = value(key, first + __ffs(open) - 1);
       }
     });
   }
@@ -235,32 +246,47 @@ class Selection {
   // Mark the best `count` of the undecided pages: a warp compares them, a lane each.
   __device__ void mark_best(int count) {
     if (warp_ != 0) return;
-    const int num_undecided = shared_.num_undecided;
-    const uint64_t mine = lane_ < num_undecided ? shared_.undecided[lane_] : 0;
+    constexpr int kAtOnce = 8;
+    const uint64_t mine = shared_.undecided[lane_];
     int rank = 0;
-#pragma unroll 2
-    for (int i = 0; i < num_undecided; ++i) rank += shared_.undecided[i] > mine;
-    if (lane_ >= num_undecided || rank >= count) return;
+#pragma unroll 1
+    for (int first = 0; first < shared_.num_undecided; first += kAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) rank += shared_.undecided[first + i] > mine;
+    }
+    if (mine == 0 || rank >= count) return;
     const int page = page_of(mine);
     atomicOr(bitmap_ + page / kWarpSize, 1u << page % kWarpSize);
   }
 
   // The same where all undecided pages have one key: mark the first `count` of them.
   __device__ void mark_first_equal(const Undecided& undecided) {
-    const int first = first_byte() * 8, end = end_byte() * 8;
+    const int of_thread = (num_bytes_ + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * of_thread;
+    const int end = min(first + of_thread, num_bytes_);
     int equal = 0;
 #pragma unroll 1
-    for (int page = first; page < end; ++page) equal += is_equal(page, undecided.high);
-    int ordinal = sum_before(equal);  // of this thread's first one
+    for (int byte = first; byte < end; ++byte) equal += __popc(pages_with(undecided.high, byte));
+    int rest = undecided.count - sum_before(equal);  // of those to be marked, from here on
 #pragma unroll 1
-    for (int page = first; page < end; ++page) {
-      if (!is_equal(page, undecided.high)) continue;
-      if (ordinal++ >= undecided.count) return;
-      reinterpret_cast<uint8_t*>(bitmap_)[page / 8] |= 1u << page % 8;
+    for (int byte = first; byte < end; ++byte) {
+      uint32_t bits = pages_with(undecided.high, byte);
+#pragma unroll 1
+      for (; bits != 0 && rest > 0; bits &= bits - 1, --rest) bytes()[byte] |= bits & -bits;
     }
   }
-  __device__ bool is_equal(int page, uint32_t x) const {
-    return page < num_pages_ && key_(page) == x;
+
+  // A bit for each of a byte's pages with this key.
+  __device__ uint32_t pages_with(uint32_t key, int byte) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k += kLaneKeys) {
+      const uint4 four = keys_(byte * 8 + k);
+      bits |= ((four.x == key) | (four.y == key) << 1 | (four.z == key) << 2 | (four.w == key) << 3)
+              << k;
+    }
+    const int exist = min(8, max(0, num_pages_ - byte * 8));
+    return bits & ((1u << exist) - 1);
   }
 
   // The sum of x over the threads before this one.
@@ -278,9 +304,9 @@ class Selection {
   }
 
   SelectionMemory<kThreads>& shared_;
-  const Key key_;
+  const Keys keys_;
   uint32_t* const bitmap_;
-  const int num_pages_, words_;
+  const int num_pages_, num_bytes_;
   const int lane_, warp_;
 };
 

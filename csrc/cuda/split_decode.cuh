@@ -115,8 +115,11 @@ class SplitDecode {
     auto& shared = *reinterpret_cast<SharedMemory*>(shared_memory);
     unsigned char* tiles = shared_memory + sizeof(shared);
     int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * S::kTileBytes);
-    if (threadIdx.x < kWarps * stages) {
-      shared.arrived[threadIdx.x / stages][threadIdx.x % stages].init();
+    if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll 1
+      for (int stage = 0; stage < stages; ++stage) {
+        shared.arrived[threadIdx.x / kWarpSize][stage].init();
+      }
     }
     const Schedule schedule = Schedule::build<kThreads>(
         num_ctas, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {

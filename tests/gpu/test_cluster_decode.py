@@ -56,6 +56,16 @@ def test_clusters_of_every_size(rows: int) -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE))
 
 
+@pytest.mark.parametrize("page_size", [8, 16, 32])
+@pytest.mark.parametrize("budget", [1, 2, 9, 40])
+def test_many_rows(budget: int, page_size: int) -> None:
+    """A CTA has a row and KV head to itself, and its warps copy their best pages early."""
+    lengths = [1 + 211 * row % 4000 for row in range(40)]
+    batch = make_batch(Shape(num_kv_heads=4, page_size=page_size), lengths, budget, DEVICE)
+    batch.query[10:20] = 0  # of equal scores, most warps' best are not chosen
+    assert decodes_alike(batch)
+
+
 @pytest.mark.large
 def test_one_long_row() -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), [131072], 128, DEVICE))
@@ -82,10 +92,13 @@ def test_tables_longer_than_shared_memory_keeps() -> None:
 
 @pytest.mark.parametrize("pages_per_block", [1, 8])
 @pytest.mark.parametrize("budget", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
-def test_decoding_beside_the_write_reads_what_is_written(budget: int, pages_per_block: int) -> None:
+@pytest.mark.parametrize("times", [1, 3])  # so many rows that each has a CTA alone
+def test_decoding_beside_the_write_reads_what_is_written(
+    times: int, budget: int, pages_per_block: int
+) -> None:
     """In a graph, as in a model: each step's new keys and values are in its result."""
     shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
-    lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650]
+    lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650] * times
     batch = make_batch(shape, lengths, budget, DEVICE)
     last = batch.seq_lens.long() - 1
     rows = torch.arange(len(lengths), device=DEVICE)
