@@ -38,11 +38,7 @@ class DenseLayers:
         self.key = torch.randn(case.rows, case.kv_heads, case.head_size, device=DEVICE).to(
             case.dtype
         )
-        last = case.context_tokens - 1
-        self.slots = [
-            table[:, last // case.page_size].long() * case.page_size + last % case.page_size
-            for table in self.block_tables
-        ]
+        self.slots = [case.newest_slots(table, case.page_size) for table in self.block_tables]
         self.one = torch.ones((), device=DEVICE)
 
     def write(self, i: int) -> None:

@@ -100,6 +100,11 @@ class Case:
         tokens = min(self.context_tokens, self.budget_tokens)
         return self.rows * tokens * self.row_bytes
 
+    def newest_slots(self, block_table: torch.Tensor, block_tokens: int) -> torch.Tensor:
+        """Where the rows' newest tokens are stored, `block * block_tokens + offset`: `[rows]`."""
+        block, offset = divmod(self.context_tokens - 1, block_tokens)
+        return block_table[:, block].long() * block_tokens + offset
+
     def __str__(self) -> str:
         return f"{self.rows} x {in_k(self.context_tokens)}, {self.heads}/{self.kv_heads}"
 
@@ -142,12 +147,7 @@ class DecodeStep:
         group_size = case.heads // case.kv_heads
         max_cluster_pages = ops.max_cluster_pages(group_size, case.head_size, DEVICE)
         self.uses_clusters = case.pages <= max_cluster_pages
-        last = case.context_tokens - 1
-        self.slots = [
-            layer.block_table[:, last // case.block_tokens].long() * case.block_tokens
-            + last % case.block_tokens
-            for layer in layers
-        ]
+        self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
         ops.write_kv(
