@@ -115,6 +115,8 @@ class SplitDecode {
     auto& shared = *reinterpret_cast<SharedMemory*>(shared_memory);
     unsigned char* tiles = shared_memory + sizeof(shared);
     int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * S::kTileBytes);
+    // A loop, and so a branch: without one, racecheck believes that all threads initialise a
+    // barrier.
     if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll 1
       for (int stage = 0; stage < stages; ++stage) {
