@@ -32,8 +32,7 @@ class GroupQueryLoad {
       const int head = tile * 8 + lane / 4;
       vecs_[k] = {};
       if (i < kTotal && head < group_size) {
-        vecs_[k] =
-            load_once(query + head * head_stride + Vec::kElements * vec_of<kHeadSize>(j, lane % 4));
+        vecs_[k] = load_once(query + head * head_stride + Vec::kElements * vec_of(j, lane % 4));
       }
     }
   }
@@ -65,9 +64,11 @@ class WarpAttention {
   using Tile = quest::cuda::Tile<kHeadSize>;
   static constexpr int kVecs = Tile::kVecs, kSlabs = (kHeadSize + kSlab - 1) / kSlab;
 
-  __device__ WarpAttention(const GroupQuery<kHeadSize, kGroupTiles>& query, float scale,
+  // `pitch`: of the tiles that are attended to.
+  __device__ WarpAttention(const GroupQuery<kHeadSize, kGroupTiles>& query, int pitch, float scale,
                            float soft_cap)
       : query_(query),
+        pitch_(pitch),
         scale_(scale),
         soft_cap_(soft_cap),
         lane_(threadIdx.x % kWarpSize),
@@ -131,21 +132,25 @@ class WarpAttention {
   // 2c + 1.
   __device__ void multiply_keys(const unsigned char* tile_rows,
                                 float (&logits)[kGroupTiles][4]) const {
-    const unsigned char* rows = tile_rows + Tile::offset(Tile::token_of_row(r_));
+    const unsigned char* row = tile_rows + Tile::offset(Tile::token_of_row(r_), pitch_);
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float sum[2][4] = {};  // two sums shorten the chain of products
-#pragma unroll 4             // all would need too many registers at a head size of 256
-      for (int j = 0; j < kVecs; ++j) {
-        const Vec query = query_[tile][j][lane_];
-        const auto* key = reinterpret_cast<const Vec*>(rows) + vec_of<kHeadSize>(j, c_);
-        const Vec first = key[0];
-        const Vec second = key[2 * Tile::kRowBytes / sizeof(Vec)];
+#pragma unroll 2             // all would need too many registers at a head size of 256
+      for (int first_j = 0; first_j < kVecs; first_j += 2) {
+        Vec first[2], second[2];  // of rows r and r + 8
+        load_two<kVecs>(row, first_j, c_, r_ % 2, first);
+        load_two<kVecs>(row + 2 * Tile::kRowBytes, first_j, c_, r_ % 2, second);
 #pragma unroll
-        for (int w = 0; w < 4; w += 2) {
-          const MatrixA keys = {
-              {{first.word[w], first.word[w + 1]}, {second.word[w], second.word[w + 1]}}};
-          Element<T>::mma(sum[w / 2], keys, query.word[w], query.word[w + 1]);
+        for (int k = 0; k < 2; ++k) {
+          if (kVecs % 2 != 0 && first_j + k == kVecs) break;
+          const Vec query = query_[tile][first_j + k][lane_];
+          const auto &x = first[k].word, &y = second[k].word;
+#pragma unroll
+          for (int w = 0; w < 4; w += 2) {
+            const MatrixA keys = {{{x[w], x[w + 1]}, {y[w], y[w + 1]}}};
+            Element<T>::mma(sum[w / 2], keys, query.word[w], query.word[w + 1]);
+          }
         }
       }
 #pragma unroll
@@ -201,7 +206,7 @@ class WarpAttention {
   // next (last two) for query heads 2c, 2c + 1.
   __device__ void add_values(const unsigned char* tile_rows,
                              const uint32_t (&weights)[kGroupTiles][2]) {
-    const unsigned char* rows = tile_rows + c_ * Tile::kGroupPitch + Tile::kRowBytes / 2;
+    const unsigned char* rows = tile_rows + c_ * pitch_ + Tile::kRowBytes / 2;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       const int vec = slab * kSlab / Vec::kElements + r_;  // past the head's end: anything
@@ -225,6 +230,7 @@ class WarpAttention {
   }
 
   const GroupQuery<kHeadSize, kGroupTiles>& query_;
+  const int pitch_;
   const float scale_, soft_cap_;
   const int lane_, r_, c_;
 

@@ -6,9 +6,8 @@
 // again and again, as long as all keys fit shared memory. Each attends to its share of the chosen
 // pages, as many as the others, and the results are merged over the cluster's shared memory.
 //
-// Where rows are many, a CTA has a (row, KV head) to itself, and all select at about the same time.
-// So that memory is not idle meanwhile, each warp has its best page copied as soon as it has scored
-// the last one. That page is nearly always chosen.
+// So that memory is not idle while pages are being chosen, each warp has its best page copied as
+// soon as it has scored the last one. That page is nearly always chosen.
 //
 // A step writes to the newest pages alone. So a launch that directly follows write_kv begins while
 // that still runs, and waits for it only where it comes to those pages.
@@ -39,6 +38,7 @@ constexpr int kResident = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
 
 constexpr int kRing = 2;             // tiles of a warp, at most
 constexpr int kTableEntries = 1024;  // of a row's block table, kept in shared memory
+constexpr int kFewRowsLog2 = 2;      // CTAs of a cluster, from which on rows are few
 
 // What the kernel divides by.
 struct Divisors {
@@ -53,18 +53,30 @@ struct alignas(16) ClusterBarriers {
   Barrier parts;                            // from all CTAs: merged, weight
 };
 
+// What a warp says of the pages that it has scored.
+struct alignas(16) WarpPages {
+  KeyRange range;  // of their keys
+  int32_t best;    // the one that it has copied before pages are chosen; -1: none
+};
+
 template <int kHeadSize, int kGroupTiles>
-struct ClusterMemory {
+struct alignas(kLineBytes) ClusterMemory {
   static constexpr int kWarps = kRings<kHeadSize>, kHeads = 8 * kGroupTiles;
 
   ClusterBarriers<kHeadSize> arrived;  // at the start, see kBarrierBytes
   GroupQuery<kHeadSize, kGroupTiles> query;
-  KeyRange ranges[kMaxClusterCtas][kWarps];  // of the keys of each CTA's warps
+  uint32_t best_chosen[kWarps];  // of all warps' best pages, a bit each
   SelectionMemory<kWarps * kWarpSize> selection;
   int32_t table[kTableEntries];
 
-  float2 warp_weight[kWarps][kHeads];      // maximum (base 2) and sum of weights: of each warp
-  float2 weight[kMaxClusterCtas][kHeads];  // and of each CTA, where this one merges
+  float2 warp_weight[kWarps][kHeads];  // maximum (base 2) and sum of weights
+};
+
+// What a CTA says to all of its cluster.
+template <int kHeadSize, int kGroupTiles>
+struct CtaMessages {
+  WarpPages warps[kRings<kHeadSize>];
+  float2 weight[8 * kGroupTiles];  // maximum (base 2) and sum of weights, where this CTA merges
 };
 
 // One CTA's part in its cluster's work for a (row, KV head).
@@ -73,26 +85,31 @@ class ClusterDecode {
  public:
   using Tile = quest::cuda::Tile<kHeadSize>;
   using Memory = ClusterMemory<kHeadSize, kGroupTiles>;
+  using Messages = CtaMessages<kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Memory::kWarps, kThreads = kWarps * kWarpSize;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
-  static constexpr int kRowSize = 2 * kHeadSize;  // of a token: key and value
   static constexpr int kKeysOfMessage = 4;
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.
   static constexpr int kPitch = kHeadSize + 4;
   static constexpr int kPartBytes = 8 * kGroupTiles * kPitch * sizeof(float);
   static constexpr int kTileBytes = std::max({Tile::kBytes, Bounds::kBytes, kPartBytes});
+  static_assert(kTileBytes % kLineBytes == 0);
 
   // Barriers stay what they are: racecheck takes a second barrier in the place of one for a race.
   static constexpr int kBarrierBytes = sizeof(ClusterBarriers<kHeadSize>);
 
   // Of dynamic shared memory: [Memory, merged [group_size, head_size], tiles [stages, kWarps],
-  // keys [room], bitmap [key_groups(room)]].
+  // messages [max_ctas], keys [room], bitmap [key_groups(room)]].
   static constexpr int kMergedBytes = 8 * kGroupTiles * kHeadSize * sizeof(float);
-  __host__ __device__ static constexpr int fixed_bytes(int stages) {
+  __host__ __device__ static constexpr int tiles_end(int stages) {
     return sizeof(Memory) + kMergedBytes + stages * kWarps * kTileBytes;
+  }
+  __host__ __device__ static constexpr int fixed_bytes(int stages) {
+    const int max_ctas = stages == 1 ? 1 : kMaxClusterCtas;  // see Launcher::shared
+    return tiles_end(stages) + max_ctas * static_cast<int>(sizeof(Messages));
   }
   static constexpr int room(int shared_bytes, int stages) {
     constexpr int kGroupBytes = kGroupKeys * sizeof(uint32_t) + sizeof(uint4);
@@ -108,6 +125,7 @@ class ClusterDecode {
         merged_(reinterpret_cast<float*>(shared_memory + sizeof(Memory))),
         tiles_(shared_memory + sizeof(Memory) + kMergedBytes),
         stages_(stages),
+        messages_(reinterpret_cast<Messages*>(shared_memory + tiles_end(stages))),
         keys_(reinterpret_cast<uint32_t*>(shared_memory + fixed_bytes(stages))),
         bitmap_(reinterpret_cast<uint4*>(keys_ + room)),
         lane_(threadIdx.x % kWarpSize),
@@ -121,6 +139,9 @@ class ClusterDecode {
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
         first_entry_(
             load_once(table_ + min(static_cast<int>(threadIdx.x), p_.rows.max_blocks - 1))),
+        first_tile_entry_(load_once(
+            table_ + min(divisors.pages_per_block.quotient(first_tile_page() + lane_ % kTilePages),
+                         p_.rows.max_blocks - 1))),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_(p_.rows.budgets[row_]),
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {
@@ -141,38 +162,38 @@ class ClusterDecode {
   }
 
   __device__ void run() {
-    // Before other kernels have finished: what depends on none of them.
+    // Before other kernels have finished: what depends on none of them. The first bounds are asked
+    // for before the table is kept.
+    if (lane_ < stages_) shared_.arrived.tiles[warp_][lane_].init();
+    if (threadIdx.x == 0) expect_messages();
+    __syncwarp();
+    cluster_arrive();
     const int blocks =
         divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
-    shared_.table[threadIdx.x] = first_entry_;
-    if (blocks > kThreads) {  // the others all asked for at once
-      constexpr int kMore = kTableEntries / kThreads - 1;
-      int32_t entries[kMore];
+    constexpr int kMore = kTableEntries / kThreads - 1;  // entries of a thread, after the first
+    int32_t entries[kMore];
+    if (blocks > kThreads) {  // all asked for at once
 #pragma unroll
       for (int k = 0; k < kMore; ++k) {
         entries[k] =
             load_once(table_ + min((k + 1) * kThreads + static_cast<int>(threadIdx.x), blocks - 1));
       }
+    }
+    if (is_sparse()) fetch_first_bounds();
+    shared_.table[threadIdx.x] = first_entry_;
+    if (blocks > kThreads) {
 #pragma unroll
       for (int k = 0; k < kMore; ++k) {
         shared_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
       }
     }
-    if (lane_ < stages_) shared_.arrived.tiles[warp_][lane_].init();
-    if (threadIdx.x == 0) expect_messages();
     shared_.selection.clear();
     if (budget_ == kUnsettledPages) wait_for_previous_kernel();
-    __syncthreads();
-    cluster_arrive();
-
-    if (is_sparse()) {
-#pragma unroll 1
-      for (int i = 0; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
-    }
     query_.store(shared_.query);
     __syncthreads();
     cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
+      for (int i = 1; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
       score();
       wait_for(shared_.arrived.scores);
       select();
@@ -201,7 +222,7 @@ class ClusterDecode {
     if (is_sparse()) {
       const int num_messages = (num_competing() + kKeysOfMessage - 1) / kKeysOfMessage;
       shared_.arrived.scores.expect(num_messages * sizeof(uint4) +
-                                    (kWarps << log2_ctas_) * sizeof(KeyRange));
+                                    (kWarps << log2_ctas_) * sizeof(WarpPages));
     }
     const int first = rank_ * share(), last = first + share() - 1;
     const int num_heads = last / kHeadSize - first / kHeadSize + 1;
@@ -227,8 +248,12 @@ class ClusterDecode {
   }
 
   // Whether each warp has its best page copied before pages are chosen: a page as large as a tile.
-  __device__ bool takes_best() const {
-    return log2_ctas_ == 0 && p_.cache.page_size == kTileTokens && budget_ > 1;
+  __device__ bool takes_best() const { return p_.cache.page_size == kTileTokens && budget_ > 1; }
+
+  // Of tiles of keys and values. Padded where rows are few: there, what counts is how long a warp
+  // takes for a tile, elsewhere how fast they are copied.
+  __device__ int pitch() const {
+    return log2_ctas_ < kFewRowsLog2 ? Tile::kDensePitch : Tile::kPaddedPitch;
   }
 
   // Tiles of 16 pages are dealt to the CTAs in turn.
@@ -245,11 +270,25 @@ class ClusterDecode {
     return {number, page - block * p_.cache.pages_per_block};
   }
 
+  // Have the bounds of this warp's first tile copied, before the table is there.
+  __device__ void fetch_first_bounds() {
+    const int first_page = first_tile_page();
+    if (first_page >= num_competing()) return;
+    const int page = bounds_page<kHeadSize>(first_page, num_competing());
+    const int block = divisors_.pages_per_block.quotient(page);
+    const int number = __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
+    copy_bounds_of(first_page, {number, page - block * p_.cache.pages_per_block});
+  }
+
   // Have the bounds of a tile copied.
   __device__ void fetch_bounds(int first_page) {
     if (first_page >= num_competing()) return;
+    copy_bounds_of(first_page, look_up(bounds_page<kHeadSize>(first_page, num_competing())));
+  }
+
+  // Lane l < 16 says where the tile's l-th page lies.
+  __device__ void copy_bounds_of(int first_page, const PagePlace& place) {
     if (!is_settled_before(first_page + kTilePages)) wait_for_previous_kernel();
-    const PagePlace place = look_up(bounds_page<kHeadSize>(first_page, num_competing()));
     copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, head_, place.block, place.page,
                               shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
@@ -263,7 +302,7 @@ class ClusterDecode {
     for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
       const float2 scores =
-          score_pages<T, kHeadSize, kGroupTiles, 2>(tile(used_), [&](int group, int j) {
+          score_pages<T, kHeadSize, kGroupTiles, 1>(tile(used_), [&](int group, int j) {
             const int head = min(group * 8 + r_, p_.group_size - 1);
             return shared_.query[head / 8][j][head % 8 * 4 + c_];
           });
@@ -274,7 +313,7 @@ class ClusterDecode {
       // Let all CTAs know the keys, 4 to a message: lane 4 * r + c sends those of the c-th 4 pages
       // to CTAs r, r + 8.
       const uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
-      const int page_of_key = first + c_ / 2 * 8 + Bounds::page_of_row(r_);
+      const int page_of_key = first + c_ / 2 * 8 + r_;
       if (page_of_key < num_competing()) {
         if (key > range.highest) best = page_of_key;
         range.add(key);
@@ -282,7 +321,7 @@ class ClusterDecode {
       uint32_t keys[kKeysOfMessage];
 #pragma unroll
       for (int k = 0; k < kKeysOfMessage; ++k) {
-        keys[k] = __shfl_sync(kAllLanes, key, 4 * Bounds::row_of_page(c_ % 2 * 4 + k) + c_);
+        keys[k] = __shfl_sync(kAllLanes, key, 4 * (c_ % 2 * 4 + k) + c_);
       }
       const int page = first + c_ * kKeysOfMessage;
       if (page >= num_competing()) continue;
@@ -293,24 +332,22 @@ class ClusterDecode {
       }
     }
     const KeyRange of_warp = range.of_warp();
-    if (lane_ < ctas()) {
-      tell(lane_, &shared_.ranges[rank_][warp_], shared_.arrived.scores,
-           make_uint2(of_warp.lowest, of_warp.highest));
-    }
     const unsigned has_best =
         __ballot_sync(kAllLanes, best >= 0 && range.highest == of_warp.highest);
-    if (takes_best() && has_best != 0) {
-      copy_best(__shfl_sync(kAllLanes, best, __ffs(has_best) - 1));
+    if (takes_best() && has_best != 0) best_ = __shfl_sync(kAllLanes, best, __ffs(has_best) - 1);
+    if (lane_ < ctas()) {
+      tell(lane_, &messages_[rank_].warps[warp_], shared_.arrived.scores,
+           make_uint4(of_warp.lowest, of_warp.highest, static_cast<uint32_t>(best_), 0));
     }
+    if (best_ >= 0) copy_best(best_);
   }
 
   // Have a page copied that will probably be chosen.
   __device__ void copy_best(int page) {
-    best_ = page;
     if (!is_settled_before(page + 1)) wait_for_previous_kernel();
-    const int64_t start = start_of(page) + lane_ % kTileTokens * kRowSize;
-    copy_tile_of<kHeadSize>(tile(copied_), static_cast<const T*>(p_.cache.data) + start, true,
-                            shared_.arrived.tiles[warp_][copied_.stage]);
+    const int64_t start = start_of(page) + lane_ % kTileTokens * Tile::kRowSize;
+    copy_tile_of<kHeadSize>(tile(copied_), pitch(), static_cast<const T*>(p_.cache.data) + start,
+                            true, shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
 
@@ -318,7 +355,7 @@ class ClusterDecode {
   __device__ int64_t start_of(int page) const {
     const PagePlace place = look_up(page);
     return place.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
-           place.page * p_.cache.page_size * kRowSize;
+           place.page * p_.cache.page_size * Tile::kRowSize;
   }
 
   // The range of all CTAs' keys.
@@ -326,7 +363,7 @@ class ClusterDecode {
     KeyRange range = KeyRange::of_none();
 #pragma unroll 1
     for (int i = lane_; i < kWarps << log2_ctas_; i += kWarpSize) {
-      range.add(shared_.ranges[i / kWarps][i % kWarps]);
+      range.add(messages_[i / kWarps].warps[i % kWarps].range);
     }
     return range.of_warp();
   }
@@ -355,21 +392,34 @@ class ClusterDecode {
       Selection<kThreads, decltype(keys)> selection(shared_.selection, keys, bitmap_,
                                                     num_competing());
       selection.choose(budget_ - 1, range_of_all());
-      if (takes_best()) {
-        const bool is_taken = lane_ == 0 && best_ >= 0 && selection.take(best_);
-        is_best_chosen_ = __any_sync(kAllLanes, is_taken);
-        num_taken_ = __syncthreads_count(is_taken);
-      }
+      if (takes_best()) take_best(selection);
       selection.list(list);
     }
     if (threadIdx.x == 0) list(budget_ - 1 - num_taken_, num_pages_ - 1);
     __syncthreads();
   }
 
+  // Take the warps' best pages from those that were chosen: they are not listed.
+  template <typename Selection>
+  __device__ void take_best(Selection& selection) {
+    static_assert(kWarps * kMaxClusterCtas <= kThreads);  // a thread each
+    bool is_chosen = false;
+    const int i = threadIdx.x;
+    if (i < kWarps << log2_ctas_) {
+      const int page = messages_[i / kWarps].warps[i % kWarps].best;
+      is_chosen = page >= 0 && selection.take(page);
+    }
+    const unsigned chosen = __ballot_sync(kAllLanes, is_chosen);
+    if (lane_ == 0) shared_.best_chosen[warp_] = chosen;
+    num_taken_ = __syncthreads_count(is_chosen);
+    const int mine = rank_ * kWarps + warp_;
+    is_best_chosen_ = shared_.best_chosen[mine / kWarpSize] >> mine % kWarpSize & 1;
+  }
+
   // This CTA attends to pages rank, rank + ctas, ... of those chosen, or of all. Positions count
   // their tokens; only the last page can be partly filled.
   __device__ void attend() {
-    Attention attention(shared_.query, p_.scale, p_.soft_cap);
+    Attention attention(shared_.query, pitch(), p_.scale, p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_) - num_taken_;
     const int num_ours = (num_attended - rank_ + ctas() - 1) >> log2_ctas_;
@@ -377,15 +427,19 @@ class ClusterDecode {
     const int unfilled = num_pages_ * p_.cache.page_size - seq_len_;
     tokens_ = num_ours * p_.cache.page_size - (has_newest ? unfilled : 0);
 
+    const int num_tiles = (tokens_ + kTileTokens - 1) / kTileTokens;
+    int next = warp_;  // tile that is copied next
     if (best_ >= 0) {
+      for (int i = 1; i < stages_; ++i, next += kWarps) {
+        if (next < num_tiles) copy_tile(next);
+      }
       wait_for_tile();
       if (is_best_chosen_) attention.attend(tile(used_), kTileTokens);
       used_.advance(stages_);
       __syncwarp();  // before copies overwrite the tile
     }
-    const int num_tiles = (tokens_ + kTileTokens - 1) / kTileTokens;
 #pragma unroll 1
-    for (int next = warp_; next < num_tiles + stages_ * kWarps; next += kWarps) {
+    for (; next < num_tiles + stages_ * kWarps; next += kWarps) {
       const int number = next - stages_ * kWarps;
       if (number >= 0) {
         wait_for_tile();
@@ -415,7 +469,7 @@ class ClusterDecode {
     if (position < tokens_) {
       const int ours = divisors_.page_size.quotient(position);
       page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
-      planned_start_ = start_of(page) + (position - ours * p_.cache.page_size) * kRowSize;
+      planned_start_ = start_of(page) + (position - ours * p_.cache.page_size) * Tile::kRowSize;
     }
     if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
   }
@@ -429,8 +483,8 @@ class ClusterDecode {
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
-    copy_tile_of<kHeadSize>(tile(copied_),
-                            static_cast<const T*>(p_.cache.data) + start + token * kRowSize,
+    copy_tile_of<kHeadSize>(tile(copied_), pitch(),
+                            static_cast<const T*>(p_.cache.data) + start + token * Tile::kRowSize,
                             rest >= kTileTokens, shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
@@ -485,7 +539,7 @@ class ClusterDecode {
            make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
-        tell(cta, &shared_.weight[rank_][head], shared_.arrived.parts,
+        tell(cta, &messages_[rank_].weight[head], shared_.arrived.parts,
              make_uint2(__float_as_uint(maximum), __float_as_uint(sum)));
       }
     }
@@ -507,7 +561,7 @@ class ClusterDecode {
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
         const int cta = min(lane + (k << log2_lanes), ctas() - 1);
-        weight[k] = shared_.weight[cta][head];
+        weight[k] = messages_[cta].weight[head];
         part[k] = merged_[cta * share() + in_share];
         if (lane + (k << log2_lanes) >= ctas()) weight[k].x = -INFINITY;
         maximum = fmaxf(maximum, weight[k].x);
@@ -541,7 +595,8 @@ class ClusterDecode {
   float* const merged_;  // [CTAs, a share of the elements]
   unsigned char* const tiles_;
   const int stages_;
-  uint32_t* const keys_;  // [num_competing], of all CTAs
+  Messages* const messages_;  // of each CTA
+  uint32_t* const keys_;      // [num_competing], of all CTAs
   uint4* const bitmap_;
   const int lane_, warp_, r_, c_;
 
@@ -549,6 +604,7 @@ class ClusterDecode {
   const int row_, head_;
   const int32_t* const table_;
   const int32_t first_entry_;  // of the table, of those that this thread keeps in shared memory
+  const int32_t first_tile_entry_;  // and of this lane's page in the warp's first tile
   const int seq_len_, budget_, num_pages_;
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
@@ -556,7 +612,7 @@ class ClusterDecode {
   Place copied_, used_;      // the next tiles of this warp
   int best_ = -1;            // page that this warp has copied before any was chosen
   bool is_best_chosen_ = false;
-  int num_taken_ = 0;          // chosen pages that warps have copied so: not listed
+  int num_taken_ = 0;          // chosen pages that warps have copied so
   int tokens_ = 0;             // that this CTA attends to
   int planned_ = -1;           // the first planned tile
   int64_t planned_start_ = 0;  // of this lane's planned half in the cache, in elements
@@ -570,7 +626,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
                           int room, int sharing) {
   // grid: [rows, KV heads, CTAs of a cluster]
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
   using Decode = ClusterDecode<T, kHeadSize, kGroupTiles>;
   const Rows& rows = p.decode.rows;
   // Of another row, a thread each: asked for now, needed at the end.

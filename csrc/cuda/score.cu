@@ -24,7 +24,7 @@ class Score {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
 
-  struct Shared {
+  struct alignas(kLineBytes) Shared {
     Barrier arrived[kWarps][kStages];
   };
 
@@ -114,7 +114,7 @@ class Score {
                        head * p_.query_head_stride;
 #pragma unroll
       for (int j = 0; j < kVecs; ++j) {
-        query_[tile][j] = load_once(query + Vec::kElements * vec_of<kHeadSize>(j, c_));
+        query_[tile][j] = load_once(query + Vec::kElements * vec_of(j, c_));
       }
     }
   }
@@ -124,7 +124,7 @@ class Score {
     const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs>(
         tile, [&](int group, int j) { return query_[group][j]; });
     // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
-    const int page = first_page + 8 * c_ + Tile::page_of_row(r_);
+    const int page = first_page + 8 * c_ + r_;
     if (c_ < 2 && page < pages) {
       p_.scores[segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride + page] =
           c_ == 0 ? scores.x : scores.y;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads, kM
     score_kernel(const __grid_constant__ ScoreParams p) {
   // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp tiles of them.
   using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<typename Score::Shared*>(shared_memory);
   unsigned char* tiles = shared_memory + sizeof(shared);
   int* row_end = reinterpret_cast<int*>(tiles + Score::kTilesBytes);

@@ -12,25 +12,14 @@ namespace quest::cuda {
 
 constexpr int kTilePages = 16;
 
-// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of
-// 4 neighbouring pages one after another, these are copied at once. The next 4 lie 16 bytes further
-// on, modulo 128, so that lanes with neighbouring r read different places.
+// 16 pages' bounds that a warp has copied to shared memory, a row each, one after another. Where
+// blocks hold those of 4 neighbouring pages so as well, these are copied at once.
 template <int kHeadSize>
 struct BoundsTile {
   static constexpr int kRowBytes = 4 * kHeadSize;  // minimum and maximum
   static constexpr int kGroupPages = 4;
-  static constexpr int kGroupPitch = kGroupPages * kRowBytes + 16;
-  static constexpr int kBytes = kTilePages / kGroupPages * kGroupPitch;
-
-  // To the matrix unit, this is the page of row r, and 8 more that of row r + 8.
-  static __device__ constexpr int page_of_row(int r) { return r % 2 * kGroupPages + r / 2; }
-  static __device__ constexpr int row_of_page(int page) {
-    return page % kGroupPages * 2 + page / kGroupPages;
-  }
-
-  static __device__ constexpr int offset(int page) {
-    return page / kGroupPages * kGroupPitch + page % kGroupPages * kRowBytes;
-  }
+  static constexpr int kBytes = kTilePages * kRowBytes;
+  static_assert(kBytes % kLineBytes == 0);
 };
 
 // The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; in their
@@ -58,7 +47,7 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
   const bool in_groups = cache.pages_per_block % Tile::kGroupPages == 0;
   const int pages = in_groups ? Tile::kGroupPages : 1;
   if (lane < kTilePages && lane % pages == 0) {
-    copy_bulk(to + Tile::offset(lane), from, pages * Tile::kRowBytes, barrier);
+    copy_bulk(to + lane * Tile::kRowBytes, from, pages * Tile::kRowBytes, barrier);
   }
 #else
   constexpr int kVecs = Tile::kRowBytes / sizeof(Vec);
@@ -66,7 +55,7 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
   for (int i = 0; i < kTilePages * kVecs / kWarpSize; ++i) {
     const int row = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
     const auto row_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), row);
-    copy_vec(to + Tile::offset(row) + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
+    copy_vec(to + row * Tile::kRowBytes + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
   }
   barrier.arrive_when_copied();
 #endif
@@ -74,38 +63,43 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
 
 // A warp scores the 16 pages of a tile. `query(g, j)`, of lane 4 * r + c: vector vec_of(j, c) of
 // query head 8 * g + r; heads are repeated where there are too few, so that the maximum over all
-// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the
-// 8th after it (y).
+// stays the same. All lanes with the same r get the scores of pages r (x) and r + 8 (y).
 template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, typename Query>
 __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
   using Tile = BoundsTile<kHeadSize>;
   constexpr int kVecs = kHeadSize / 32;
   // Multiply: minima with low, maxima with high.
-  const int lane = threadIdx.x % kWarpSize, c = lane % 4;
-  const unsigned char* rows = tile + Tile::offset(Tile::page_of_row(lane / 4));
+  const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
 #pragma unroll kUnroll
-  for (int j = 0; j < kVecs; ++j) {
-    Vec bounds[2][2];  // of rows r and r + 8
+  for (int first_j = 0; first_j < kVecs; first_j += 2) {
+    Vec bounds[2][2][2];  // of pages r and r + 8: minima and maxima, two vectors
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto* row = reinterpret_cast<const Vec*>(rows + half * Tile::offset(8));
-      bounds[half][0] = row[vec_of<kHeadSize>(j, c)];
-      bounds[half][1] = row[kHeadSize / Vec::kElements + vec_of<kHeadSize>(j, c)];
+#pragma unroll
+      for (int bound = 0; bound < 2; ++bound) {
+        const unsigned char* row =
+            tile + (r + 8 * half) * Tile::kRowBytes + bound * Tile::kRowBytes / 2;
+        load_two<kVecs>(row, first_j, c, r % 2, bounds[half][bound]);
+      }
     }
 #pragma unroll
-    for (int group = 0; group < kGroupTiles; ++group) {
-      const Vec q = query(group, j);
+    for (int k = 0; k < 2; ++k) {
+      if (kVecs % 2 != 0 && first_j + k == kVecs) break;
 #pragma unroll
-      for (int w = 0; w < 4; w += 2) {
+      for (int group = 0; group < kGroupTiles; ++group) {
+        const Vec q = query(group, first_j + k);
 #pragma unroll
         for (int bound = 0; bound < 2; ++bound) {
-          const MatrixA a = {{{bounds[0][bound].word[w], bounds[0][bound].word[w + 1]},
-                              {bounds[1][bound].word[w], bounds[1][bound].word[w + 1]}}};
+          const auto &x = bounds[0][bound][k].word, &y = bounds[1][bound][k].word;
           const auto part = [&](uint32_t pair) {
             return bound == 0 ? min_pair<T>(pair, 0) : max_pair<T>(pair, 0);
           };
-          Element<T>::mma(sum[group][bound], a, part(q.word[w]), part(q.word[w + 1]));
+#pragma unroll
+          for (int w = 0; w < 4; w += 2) {
+            const MatrixA a = {{{x[w], x[w + 1]}, {y[w], y[w + 1]}}};
+            Element<T>::mma(sum[group][bound], a, part(q.word[w]), part(q.word[w + 1]));
+          }
         }
       }
     }

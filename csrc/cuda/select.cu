@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
 #pragma unroll
       for (int k = 0; k < kLoads; ++k) {
         const uint32_t key = key_of(score[k]);
-        if (first + k * kThreads < newest) range.add(key);
+        range.add(key);
         if (keeps_keys) keys[min(first + k * kThreads, newest - 1)] = key;
       }
     }

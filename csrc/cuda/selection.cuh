@@ -134,14 +134,21 @@ class Selection {
   }
   static __device__ int page_of(uint64_t value) { return ~static_cast<uint32_t>(value); }
 
+  // This thread's share of the bitmap's parts, neighbours.
+  struct Share {
+    int first, end;
+  };
+  static __device__ Share share_of(int num_parts) {
+    const int of_thread = (num_parts + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * of_thread;
+    return {first, min(first + of_thread, num_parts)};
+  }
+
   // list, where a thread goes through neighbouring parts of the bitmap, mostly one.
   template <typename Part, typename F>
   __device__ void list_by(F f) {
     const auto* parts = reinterpret_cast<const Part*>(bitmap_);
-    const int num_parts = num_bytes_ / static_cast<int>(sizeof(Part));
-    const int of_thread = (num_parts + kThreads - 1) / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * of_thread;
-    const int end = min(first + of_thread, num_parts);
+    const auto [first, end] = share_of(num_bytes_ / static_cast<int>(sizeof(Part)));
     int marks = 0;
 #pragma unroll 1
     for (int part = first; part < end; ++part) marks += __popc(parts[part]);
@@ -261,9 +268,7 @@ class Selection {
 
   // The same where all undecided pages have one key: mark the first `count` of them.
   __device__ void mark_first_equal(const Undecided& undecided) {
-    const int of_thread = (num_bytes_ + kThreads - 1) / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * of_thread;
-    const int end = min(first + of_thread, num_bytes_);
+    const auto [first, end] = share_of(num_bytes_);
     int equal = 0;
 #pragma unroll 1
     for (int byte = first; byte < end; ++byte) equal += __popc(pages_with(undecided.high, byte));

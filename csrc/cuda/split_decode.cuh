@@ -55,6 +55,7 @@ class SplitDecode {
   using SharedMemory = SplitMemory<S, kGroupTiles>;
   static constexpr int kChunkTokens = S::kChunkTokens, kSlabs = S::kSlabs, kThreads = S::kThreads;
   static constexpr int kWarps = S::kWarps;
+  using Tile = quest::cuda::Tile<kHeadSize>;
 
   // `tiles`: [stages, kWarps] rings in shared memory.
   __device__ SplitDecode(const SparseDecodeParams& p, SharedMemory& shared, unsigned char* tiles,
@@ -72,7 +73,7 @@ class SplitDecode {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        warp_attention_(shared.query, p.scale, p.soft_cap) {}
+        warp_attention_(shared.query, Tile::kPaddedPitch, p.scale, p.soft_cap) {}
 
   // Attend to a CTA's share: chunks [begin, end).
   __device__ void run() {
@@ -147,7 +148,6 @@ class SplitDecode {
   }
 
  private:
-  static constexpr int kRowSize = 2 * kHeadSize;
   static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane looks up one half of a tile
 
   // Positions from the start of this warp's tile to the row's end, in a (row, KV head)'s chunk.
@@ -176,7 +176,7 @@ class SplitDecode {
     const int block = load_once(p_.rows.block_table + row * p_.rows.block_table_stride +
                                 token / p_.cache.block_tokens);
     planned_start_ = block * p_.cache.block_stride + head * p_.cache.head_stride +
-                     token % p_.cache.block_tokens * kRowSize;
+                     token % p_.cache.block_tokens * Tile::kRowSize;
   }
 
   // Have this warp's tile of a chunk copied. Lane 8 * half + token has a position; past the row's
@@ -190,7 +190,8 @@ class SplitDecode {
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
     copy_tile_of<kHeadSize>(tiles_ + (copied_.stage * kWarps + warp_) * S::kTileBytes,
-                            static_cast<const T*>(p_.cache.data) + start + token * kRowSize,
+                            Tile::kPaddedPitch,
+                            static_cast<const T*>(p_.cache.data) + start + token * Tile::kRowSize,
                             rest >= kTileTokens, shared_.arrived[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
