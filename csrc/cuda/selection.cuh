@@ -42,8 +42,31 @@ struct KeyRange {
   }
 };
 
+// All bits where x > y, or none: the borrow of y - x. By a comparison, ptxas 13.0 has mixed up the
+// bits of several keys: it gathered predicates of which some were overwritten (NOTES.md, version
+// 9).
+__device__ __forceinline__ uint32_t all_if_greater(uint32_t x, uint32_t y) {
+  uint32_t bits;
+  asm("{ .reg .u32 difference;\n"
+      "sub.cc.u32 difference, %1, %2;\n"
+      "subc.u32 %0, 0, 0; }"
+      : "=r"(bits)
+      : "r"(y), "r"(x));
+  return bits;
+}
+
 // A warp looks at 128 pages at a time, a lane at four neighbours.
 constexpr int kLaneKeys = 4, kGroupKeys = kLaneKeys * kWarpSize;
+
+// A bit for each of a lane's keys: whether it is higher, or lower, than `key`.
+__device__ __forceinline__ uint32_t higher_keys(const uint4& keys, uint32_t key) {
+  return (all_if_greater(keys.x, key) & 1) | (all_if_greater(keys.y, key) & 2) |
+         (all_if_greater(keys.z, key) & 4) | (all_if_greater(keys.w, key) & 8);
+}
+__device__ __forceinline__ uint32_t lower_keys(const uint4& keys, uint32_t key) {
+  return (all_if_greater(key, keys.x) & 1) | (all_if_greater(key, keys.y) & 2) |
+         (all_if_greater(key, keys.z) & 4) | (all_if_greater(key, keys.w) & 8);
+}
 
 __host__ __device__ constexpr int key_groups(int num_pages) {
   return (num_pages + kGroupKeys - 1) / kGroupKeys;
@@ -171,7 +194,8 @@ class Selection {
 #pragma unroll 1
     while (true) {
       const int shift = max(0, bits - kDigitBits);
-      for_each_group([&](int first, const uint32_t (&keys)[kLaneKeys]) {
+      for_each_group([&](int first, const uint4& four) {
+        const uint32_t keys[kLaneKeys] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int k = 0; k < kLaneKeys; ++k) {
           const bool is_in = first + k < num_pages_ && keys[k] >= low;
@@ -216,35 +240,30 @@ class Selection {
     }
   }
 
-  // Call f(page, keys) for four neighbouring pages at a time, by each lane.
+  // Call f(page, keys) for four neighbouring pages from `page` on at a time, by each lane.
   template <typename F>
   __device__ void for_each_group(F f) const {
 #pragma unroll 2
     for (int group = warp_; group < key_groups(num_pages_); group += kWarps) {
       const int first = group * kGroupKeys + lane_ * kLaneKeys;
-      const uint4 four = keys_(first);
-      f(first, {four.x, four.y, four.z, four.w});
+      f(first, keys_(first));
     }
   }
 
   // Mark the pages above the undecided ones, and collect these if they are few.
   __device__ void mark(const Undecided& undecided) {
-    for_each_group([&](int first, const uint32_t (&keys)[kLaneKeys]) {
-      uint32_t marks = 0, open = 0;  // a bit for each page
-#pragma unroll
-      for (int k = 0; k < kLaneKeys; ++k) {
-        const bool exists = first + k < num_pages_;
-        const bool is_above = keys[k] > undecided.high;
-        marks |= uint32_t{exists && is_above} << k;
-        open |= uint32_t{exists && !is_above && keys[k] >= undecided.low} << k;
-      }
+    for_each_group([&](int first, const uint4& keys) {
+      // A bit for each page.
+      const uint32_t exist = pages_from(first, kLaneKeys);
+      const uint32_t marks = exist & higher_keys(keys, undecided.high);
+      uint32_t open = exist & ~marks & ~lower_keys(keys, undecided.low);
       const uint32_t of_neighbour = __shfl_xor_sync(kAllLanes, marks, 1);
       if (lane_ % 2 == 0) bytes()[first / 8] = marks | of_neighbour << kLaneKeys;
       if (open == 0 || !undecided.is_few) return;
       int i = atomicAdd(&shared_.num_undecided, __popc(open));
 #pragma unroll 1
       for (; open != 0; open &= open - 1) {
-        const uint32_t key = open & 1 ? keys[0] : open & 2 ? keys[1] : open & 4 ? keys[2] : keys[3];
+        const uint32_t key = open & 1 ? keys.x : open & 2 ? keys.y : open & 4 ? keys.z : keys.w;
         shared_.undecided[i++] = value(key, first + __ffs(open) - 1);
       }
     });
@@ -287,11 +306,14 @@ class Selection {
 #pragma unroll
     for (int k = 0; k < 8; k += kLaneKeys) {
       const uint4 four = keys_(byte * 8 + k);
-      bits |= ((four.x == key) | (four.y == key) << 1 | (four.z == key) << 2 | (four.w == key) << 3)
-              << k;
+      bits |= (~(higher_keys(four, key) | lower_keys(four, key)) & 0xf) << k;
     }
-    const int exist = min(8, max(0, num_pages_ - byte * 8));
-    return bits & ((1u << exist) - 1);
+    return bits & pages_from(byte * 8, 8);
+  }
+
+  // A bit for each of `count` pages from `first` on: whether it exists.
+  __device__ uint32_t pages_from(int first, int count) const {
+    return (1u << min(count, max(0, num_pages_ - first))) - 1;
   }
 
   // The sum of x over the threads before this one.
