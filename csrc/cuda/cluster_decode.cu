@@ -95,7 +95,7 @@ class ClusterDecode {
   // against bank conflicts.
   static constexpr int kPitch = kHeadSize + 4;
   static constexpr int kPartBytes = 8 * kGroupTiles * kPitch * sizeof(float);
-  static constexpr int kTileBytes = std::max({Tile::kBytes, Bounds::kBytes, kPartBytes});
+  static constexpr int kTileBytes = std::max({Tile::kBytes, Bounds::kPaddedBytes, kPartBytes});
   static_assert(kTileBytes % kLineBytes == 0);
 
   // Barriers stay what they are: racecheck takes a second barrier in the place of one for a race.
@@ -168,25 +168,10 @@ class ClusterDecode {
     if (threadIdx.x == 0) expect_messages();
     __syncwarp();
     cluster_arrive();
-    const int blocks =
-        divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
-    constexpr int kMore = kTableEntries / kThreads - 1;  // entries of a thread, after the first
-    int32_t entries[kMore];
-    if (blocks > kThreads) {  // all asked for at once
-#pragma unroll
-      for (int k = 0; k < kMore; ++k) {
-        entries[k] =
-            load_once(table_ + min((k + 1) * kThreads + static_cast<int>(threadIdx.x), blocks - 1));
-      }
-    }
+    int32_t entries[kMoreEntries];
+    load_entries(entries);
     if (is_sparse()) fetch_first_bounds();
-    shared_.table[threadIdx.x] = first_entry_;
-    if (blocks > kThreads) {
-#pragma unroll
-      for (int k = 0; k < kMore; ++k) {
-        shared_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
-      }
-    }
+    keep_entries(entries);
     shared_.selection.clear();
     if (budget_ == kUnsettledPages) wait_for_previous_kernel();
     query_.store(shared_.query);
@@ -247,37 +232,53 @@ class ClusterDecode {
     }
   }
 
+  // Where rows are few, what counts is how long a warp takes for a tile, elsewhere how fast tiles
+  // are copied: they are padded, or not.
+  __device__ bool has_few_rows() const { return log2_ctas_ >= kFewRowsLog2; }
+  __device__ int pitch() const { return has_few_rows() ? Tile::kPaddedPitch : Tile::kDensePitch; }
+
   // Whether each warp has its best page copied before pages are chosen: a page as large as a tile.
   __device__ bool takes_best() const { return p_.cache.page_size == kTileTokens && budget_ > 1; }
-
-  // Of tiles of keys and values. Padded where rows are few: there, what counts is how long a warp
-  // takes for a tile, elsewhere how fast they are copied.
-  __device__ int pitch() const {
-    return log2_ctas_ < kFewRowsLog2 ? Tile::kDensePitch : Tile::kPaddedPitch;
-  }
 
   // Tiles of 16 pages are dealt to the CTAs in turn.
   __device__ int first_tile_page() const { return ((warp_ << log2_ctas_) + rank_) * kTilePages; }
   __device__ int tile_step() const { return (kWarps << log2_ctas_) * kTilePages; }
 
-  // Where a page lies: its block, and its number there.
+  // A thread keeps entries threadIdx.x, + kThreads, ... of the block table in shared memory: the
+  // first, which it has, and so many more, all asked for at once.
+  static constexpr int kMoreEntries = kTableEntries / kThreads - 1;
+  __device__ int num_blocks() const {
+    return divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
+  }
+  __device__ void load_entries(int32_t (&entries)[kMoreEntries]) const {
+    if (num_blocks() <= kThreads) return;
+#pragma unroll
+    for (int k = 0; k < kMoreEntries; ++k) {
+      const int entry = (k + 1) * kThreads + static_cast<int>(threadIdx.x);
+      entries[k] = load_once(table_ + min(entry, num_blocks() - 1));
+    }
+  }
+  __device__ void keep_entries(const int32_t (&entries)[kMoreEntries]) {
+    shared_.table[threadIdx.x] = first_entry_;
+    if (num_blocks() <= kThreads) return;
+#pragma unroll
+    for (int k = 0; k < kMoreEntries; ++k) {
+      shared_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
+    }
+  }
+
+  // Where a page lies: its block, and its number there. `entry(i)` is the i-th of the block table.
   struct PagePlace {
     int block, page;
   };
-  __device__ PagePlace look_up(int page) const {
-    const int block = divisors_.pages_per_block.quotient(page);
-    const int number = block < kTableEntries ? shared_.table[block] : load_once(table_ + block);
-    return {number, page - block * p_.cache.pages_per_block};
+  template <typename Entry>
+  __device__ PagePlace place_of(int page, Entry entry) const {
+    const int i = divisors_.pages_per_block.quotient(page);
+    return {entry(i), page - i * p_.cache.pages_per_block};
   }
-
-  // Have the bounds of this warp's first tile copied, before the table is there.
-  __device__ void fetch_first_bounds() {
-    const int first_page = first_tile_page();
-    if (first_page >= num_competing()) return;
-    const int page = bounds_page<kHeadSize>(first_page, num_competing());
-    const int block = divisors_.pages_per_block.quotient(page);
-    const int number = __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
-    copy_bounds_of(first_page, {number, page - block * p_.cache.pages_per_block});
+  __device__ PagePlace look_up(int page) const {
+    return place_of(
+        page, [&](int i) { return i < kTableEntries ? shared_.table[i] : load_once(table_ + i); });
   }
 
   // Have the bounds of a tile copied.
@@ -286,11 +287,21 @@ class ClusterDecode {
     copy_bounds_of(first_page, look_up(bounds_page<kHeadSize>(first_page, num_competing())));
   }
 
+  // Those of this warp's first tile, before the table is there.
+  __device__ void fetch_first_bounds() {
+    const int first_page = first_tile_page();
+    if (first_page >= num_competing()) return;
+    const int page = bounds_page<kHeadSize>(first_page, num_competing());
+    copy_bounds_of(first_page, place_of(page, [&](int) {
+                     return __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
+                   }));
+  }
+
   // Lane l < 16 says where the tile's l-th page lies.
   __device__ void copy_bounds_of(int first_page, const PagePlace& place) {
     if (!is_settled_before(first_page + kTilePages)) wait_for_previous_kernel();
-    copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, head_, place.block, place.page,
-                              shared_.arrived.tiles[warp_][copied_.stage]);
+    copy_bounds<T, kHeadSize>(tile(copied_), has_few_rows(), p_.cache, head_, place.block,
+                              place.page, shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
 
@@ -301,11 +312,13 @@ class ClusterDecode {
 #pragma unroll 1
     for (int first = first_tile_page(); first < num_competing(); first += tile_step()) {
       wait_for_tile();
+      const auto query = [&](int group, int j) {
+        const int head = min(group * 8 + r_, p_.group_size - 1);
+        return shared_.query[head / 8][j][head % 8 * 4 + c_];
+      };
       const float2 scores =
-          score_pages<T, kHeadSize, kGroupTiles, 1>(tile(used_), [&](int group, int j) {
-            const int head = min(group * 8 + r_, p_.group_size - 1);
-            return shared_.query[head / 8][j][head % 8 * 4 + c_];
-          });
+          has_few_rows() ? score_pages<T, kHeadSize, kGroupTiles, 1, true>(tile(used_), query)
+                         : score_pages<T, kHeadSize, kGroupTiles, 1, false>(tile(used_), query);
       used_.advance(stages_);
       __syncwarp();  // before copies overwrite the tile
       fetch_bounds(first + stages_ * tile_step());
@@ -313,7 +326,7 @@ class ClusterDecode {
       // Let all CTAs know the keys, 4 to a message: lane 4 * r + c sends those of the c-th 4 pages
       // to CTAs r, r + 8.
       const uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
-      const int page_of_key = first + c_ / 2 * 8 + r_;
+      const int page_of_key = first + c_ / 2 * 8 + Bounds::page_of_row(r_);
       if (page_of_key < num_competing()) {
         if (key > range.highest) best = page_of_key;
         range.add(key);
@@ -321,7 +334,7 @@ class ClusterDecode {
       uint32_t keys[kKeysOfMessage];
 #pragma unroll
       for (int k = 0; k < kKeysOfMessage; ++k) {
-        keys[k] = __shfl_sync(kAllLanes, key, 4 * (c_ % 2 * 4 + k) + c_);
+        keys[k] = __shfl_sync(kAllLanes, key, 4 * Bounds::row_of_page(c_ % 2 * 4 + k) + c_);
       }
       const int page = first + c_ * kKeysOfMessage;
       if (page >= num_competing()) continue;
@@ -345,9 +358,14 @@ class ClusterDecode {
   // Have a page copied that will probably be chosen.
   __device__ void copy_best(int page) {
     if (!is_settled_before(page + 1)) wait_for_previous_kernel();
-    const int64_t start = start_of(page) + lane_ % kTileTokens * Tile::kRowSize;
+    copy_tokens(start_of(page) + lane_ % kTileTokens * Tile::kRowSize, true);
+  }
+
+  // Have a tile's keys and values copied; lane l < 16 says where token l lies in the cache, in
+  // elements. See copy_tile_of.
+  __device__ void copy_tokens(int64_t start, bool is_whole) {
     copy_tile_of<kHeadSize>(tile(copied_), pitch(), static_cast<const T*>(p_.cache.data) + start,
-                            true, shared_.arrived.tiles[warp_][copied_.stage]);
+                            is_whole, shared_.arrived.tiles[warp_][copied_.stage]);
     copied_.advance(stages_);
   }
 
@@ -483,10 +501,7 @@ class ClusterDecode {
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
-    copy_tile_of<kHeadSize>(tile(copied_), pitch(),
-                            static_cast<const T*>(p_.cache.data) + start + token * Tile::kRowSize,
-                            rest >= kTileTokens, shared_.arrived.tiles[warp_][copied_.stage]);
-    copied_.advance(stages_);
+    copy_tokens(start + token * Tile::kRowSize, rest >= kTileTokens);
   }
 
   // Merge what the warps found, and send each CTA its share of the elements, [group_size,

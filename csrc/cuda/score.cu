@@ -29,7 +29,7 @@ class Score {
   };
 
   // Of dynamic shared memory: [Shared, tiles [kStages, kWarps], row_end [num_rows]].
-  static constexpr int kTilesBytes = kStages * kWarps * Tile::kBytes;
+  static constexpr int kTilesBytes = kStages * kWarps * Tile::kDenseBytes;
   static constexpr int shared_bytes(int num_rows) {
     return sizeof(Shared) + kTilesBytes + num_rows * sizeof(int);
   }
@@ -78,7 +78,7 @@ class Score {
 
  private:
   __device__ unsigned char* tile(const Place& place) const {
-    return tiles_ + (place.stage * kWarps + warp_) * Tile::kBytes;
+    return tiles_ + (place.stage * kWarps + warp_) * Tile::kDenseBytes;
   }
 
   // Look up where a chunk's tile lies.
@@ -98,7 +98,7 @@ class Score {
   // Have this warp's tile of a chunk copied.
   __device__ void copy_tile(int number) {
     if (has_next_) {
-      copy_bounds<T, kHeadSize>(tile(copied_), p_.cache, next_.head, next_block_, next_page_,
+      copy_bounds<T, kHeadSize>(tile(copied_), false, p_.cache, next_.head, next_block_, next_page_,
                                 shared_.arrived[warp_][copied_.stage]);
       copied_.advance(kStages);
     }
@@ -121,10 +121,10 @@ class Score {
 
   __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
                              int pages) const {
-    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs>(
+    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs, false>(
         tile, [&](int group, int j) { return query_[group][j]; });
-    // Lanes with c = 0 write the tile's first 8 pages, with c = 1 the others.
-    const int page = first_page + 8 * c_ + r_;
+    // Lanes with c = 0 write the scores of the tile's first 8 pages, with c = 1 the others.
+    const int page = first_page + 8 * c_ + Tile::page_of_row(r_);
     if (c_ < 2 && page < pages) {
       p_.scores[segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride + page] =
           c_ == 0 ? scores.x : scores.y;

@@ -12,14 +12,29 @@ namespace quest::cuda {
 
 constexpr int kTilePages = 16;
 
-// 16 pages' bounds that a warp has copied to shared memory, a row each, one after another. Where
-// blocks hold those of 4 neighbouring pages so as well, these are copied at once.
+// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of
+// 4 neighbouring pages one after another, these are copied at once, then the next four. Those lie
+// at the next line; or, padded, half a line further on, so that lanes with neighbouring r read
+// different places. That makes scoring shorter, and copies slower (NOTES.md, version 9).
 template <int kHeadSize>
 struct BoundsTile {
   static constexpr int kRowBytes = 4 * kHeadSize;  // minimum and maximum
   static constexpr int kGroupPages = 4;
-  static constexpr int kBytes = kTilePages * kRowBytes;
-  static_assert(kBytes % kLineBytes == 0);
+  static constexpr int kGroups = kTilePages / kGroupPages;
+  static constexpr int kDenseBytes = kTilePages * kRowBytes;
+  static constexpr int kPadding = kLineBytes / 2;
+  static constexpr int kPaddedBytes = kDenseBytes + kGroups * kPadding;
+  static_assert(kDenseBytes % kLineBytes == 0 && kPaddedBytes % kLineBytes == 0);
+
+  // To the matrix unit, this is the page of row r, and 8 more that of row r + 8.
+  static __device__ constexpr int page_of_row(int r) { return r % 2 * kGroupPages + r / 2; }
+  static __device__ constexpr int row_of_page(int page) {
+    return page % kGroupPages * 2 + page / kGroupPages;
+  }
+
+  static __device__ constexpr int offset(int page, bool padded) {
+    return page * kRowBytes + (padded ? page / kGroupPages * kPadding : 0);
+  }
 };
 
 // The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; in their
@@ -34,8 +49,9 @@ __device__ __forceinline__ int bounds_page(int first_page, int num_pages) {
 // A warp copies a tile in the background; lane l < 16 says where the l-th page's bounds lie: those
 // of the `page`-th page of a block. A phase of the barrier is over when they have arrived.
 template <typename T, int kHeadSize>
-__device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCache& cache,
-                                            int kv_head, int block, int page, Barrier& barrier) {
+__device__ __forceinline__ void copy_bounds(unsigned char* to_shared, bool padded,
+                                            const KvCache& cache, int kv_head, int block, int page,
+                                            Barrier& barrier) {
   using Tile = BoundsTile<kHeadSize>;
   const T* from = static_cast<const T*>(cache.data) + block * cache.block_stride +
                   kv_head * cache.head_stride + (cache.block_tokens + page) * 2 * kHeadSize;
@@ -47,7 +63,7 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
   const bool in_groups = cache.pages_per_block % Tile::kGroupPages == 0;
   const int pages = in_groups ? Tile::kGroupPages : 1;
   if (lane < kTilePages && lane % pages == 0) {
-    copy_bulk(to + lane * Tile::kRowBytes, from, pages * Tile::kRowBytes, barrier);
+    copy_bulk(to + Tile::offset(lane, padded), from, pages * Tile::kRowBytes, barrier);
   }
 #else
   constexpr int kVecs = Tile::kRowBytes / sizeof(Vec);
@@ -55,7 +71,7 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
   for (int i = 0; i < kTilePages * kVecs / kWarpSize; ++i) {
     const int row = (i * kWarpSize + lane) / kVecs, vec = (i * kWarpSize + lane) % kVecs;
     const auto row_from = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(from), row);
-    copy_vec(to + row * Tile::kRowBytes + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
+    copy_vec(to + Tile::offset(row, padded) + vec * sizeof(Vec), row_from + vec * sizeof(Vec));
   }
   barrier.arrive_when_copied();
 #endif
@@ -63,24 +79,26 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, const KvCa
 
 // A warp scores the 16 pages of a tile. `query(g, j)`, of lane 4 * r + c: vector vec_of(j, c) of
 // query head 8 * g + r; heads are repeated where there are too few, so that the maximum over all
-// stays the same. All lanes with the same r get the scores of pages r (x) and r + 8 (y).
-template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, typename Query>
+// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the
+// 8th after it (y).
+template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, bool kPadded, typename Query>
 __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
   using Tile = BoundsTile<kHeadSize>;
   constexpr int kVecs = kHeadSize / 32;
   // Multiply: minima with low, maxima with high.
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
+  const bool is_swapped = !kPadded && r % 2 != 0;
   float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
 #pragma unroll kUnroll
   for (int first_j = 0; first_j < kVecs; first_j += 2) {
-    Vec bounds[2][2][2];  // of pages r and r + 8: minima and maxima, two vectors
+    Vec bounds[2][2][2];  // of rows r and r + 8: minima and maxima, two vectors
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int bound = 0; bound < 2; ++bound) {
-        const unsigned char* row =
-            tile + (r + 8 * half) * Tile::kRowBytes + bound * Tile::kRowBytes / 2;
-        load_two<kVecs>(row, first_j, c, r % 2, bounds[half][bound]);
+        const unsigned char* row = tile + Tile::offset(Tile::page_of_row(r) + 8 * half, kPadded) +
+                                   bound * Tile::kRowBytes / 2;
+        load_two<kVecs>(row, first_j, c, is_swapped, bounds[half][bound]);
       }
     }
 #pragma unroll

@@ -26,19 +26,19 @@ constexpr int kLineBytes = 128;
 // query's are the same.
 __device__ constexpr int vec_of(int j, int c) { return j * 4 + c; }
 
-// Of a row, what a lane multiplies j-th and next, where both exist. Rows lie a multiple of
-// kLineBytes apart. So that neighbouring lanes read different places of a line, those of odd rows
-// read the next one first.
+// Of a row, what a lane multiplies j-th and next, where both exist. Where rows lie a multiple of
+// kLineBytes apart, those of odd rows read the next one first (`is_swapped`), so that neighbouring
+// lanes read different places of a line.
 template <int kVecs>
-__device__ __forceinline__ void load_two(const unsigned char* row, int j, int c, bool is_odd,
+__device__ __forceinline__ void load_two(const unsigned char* row, int j, int c, bool is_swapped,
                                          Vec (&two)[2]) {
   const auto* vecs = reinterpret_cast<const Vec*>(row);
   if (kVecs % 2 == 0 || j + 1 < kVecs) {
-    const Vec first = vecs[vec_of(j + is_odd, c)], second = vecs[vec_of(j + !is_odd, c)];
+    const Vec first = vecs[vec_of(j + is_swapped, c)], second = vecs[vec_of(j + !is_swapped, c)];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      two[0].word[w] = is_odd ? second.word[w] : first.word[w];
-      two[1].word[w] = is_odd ? first.word[w] : second.word[w];
+      two[0].word[w] = is_swapped ? second.word[w] : first.word[w];
+      two[1].word[w] = is_swapped ? first.word[w] : second.word[w];
     }
   } else {
     two[0] = vecs[vec_of(j, c)];
