@@ -8,8 +8,15 @@
 
 namespace quest::cuda {
 
-constexpr int kMaxClusterLog2 = 4;  // where it is allowed; 8 CTAs are everywhere
-constexpr int kMaxClusterCtas = 1 << kMaxClusterLog2;
+constexpr int kMaxClusterCtas = 16;  // where it is allowed; 8 CTAs are everywhere
+
+__device__ __forceinline__ int cluster_number() {
+  uint32_t number = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+#endif
+  return static_cast<int>(number);
+}
 
 __device__ __forceinline__ int rank_in_cluster() {
   uint32_t rank = 0;

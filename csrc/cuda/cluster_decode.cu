@@ -38,11 +38,12 @@ constexpr int kResident = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
 
 constexpr int kRing = 2;             // tiles of a warp, at most
 constexpr int kTableEntries = 1024;  // of a row's block table, kept in shared memory
-constexpr int kFewRowsLog2 = 2;      // CTAs of a cluster, from which on rows are few
+constexpr int kFewRowsCtas = 4;      // of a cluster, from which on rows are few
 
 // What the kernel divides by.
 struct Divisors {
   Divisor page_size, pages_per_block, num_kv_heads;
+  Divisor ctas;   // of a cluster
   Divisor share;  // elements [group_size, head_size] that a CTA merges
 };
 
@@ -91,6 +92,7 @@ class ClusterDecode {
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
   static constexpr int kKeysOfMessage = 4;
+  static constexpr int kToldAtOnce = 8;  // CTAs, by a warp
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.
   static constexpr int kPitch = kHeadSize + 4;
@@ -101,9 +103,11 @@ class ClusterDecode {
   // Barriers stay what they are: racecheck takes a second barrier in the place of one for a race.
   static constexpr int kBarrierBytes = sizeof(ClusterBarriers<kHeadSize>);
 
-  // Of dynamic shared memory: [Memory, merged [group_size, head_size], tiles [stages, kWarps],
+  // Of dynamic shared memory: [Memory, merged [ctas, share], tiles [stages, kWarps],
   // messages [max_ctas], keys [room], bitmap [key_groups(room)]].
-  static constexpr int kMergedBytes = 8 * kGroupTiles * kHeadSize * sizeof(float);
+  static constexpr int kMergedBytes =
+      (8 * kGroupTiles * kHeadSize + 2 * kMaxClusterCtas) * sizeof(float);  // see share_of_cta
+  static_assert(kMergedBytes % kLineBytes == 0);
   __host__ __device__ static constexpr int tiles_end(int stages) {
     return sizeof(Memory) + kMergedBytes + stages * kWarps * kTileBytes;
   }
@@ -111,13 +115,17 @@ class ClusterDecode {
     const int max_ctas = stages == 1 ? 1 : kMaxClusterCtas;  // see Launcher::shared
     return tiles_end(stages) + max_ctas * static_cast<int>(sizeof(Messages));
   }
+  // Of the elements [group_size, head_size], how many a CTA merges: an even number.
+  __host__ __device__ static constexpr int share_of_cta(int group_size, int ctas) {
+    return (group_size * kHeadSize + 2 * ctas - 1) / (2 * ctas) * 2;
+  }
   static constexpr int room(int shared_bytes, int stages) {
     constexpr int kGroupBytes = kGroupKeys * sizeof(uint32_t) + sizeof(uint4);
     return (shared_bytes - fixed_bytes(stages)) / kGroupBytes * kGroupKeys;
   }
 
   __device__ ClusterDecode(const ClusterDecodeParams& params, const Divisors& divisors,
-                           unsigned char* shared_memory, int log2_ctas, int stages, int room)
+                           unsigned char* shared_memory, int ctas, int stages, int room)
       : p_(params.decode),
         divisors_(divisors),
         follows_write_kv_(params.follows_write_kv),
@@ -132,10 +140,10 @@ class ClusterDecode {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        log2_ctas_(log2_ctas),
+        ctas_(ctas),
         rank_(rank_in_cluster()),
-        row_(divisors.num_kv_heads.quotient(blockIdx.x >> log2_ctas)),
-        head_((blockIdx.x >> log2_ctas) - row_ * p_.cache.num_kv_heads),
+        row_(divisors.num_kv_heads.quotient(cluster_number())),
+        head_(cluster_number() - row_ * p_.cache.num_kv_heads),
         table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
         first_entry_(
             load_once(table_ + min(static_cast<int>(threadIdx.x), p_.rows.max_blocks - 1))),
@@ -176,9 +184,11 @@ class ClusterDecode {
     if (budget_ == kUnsettledPages) wait_for_previous_kernel();
     query_.store(shared_.query);
     __syncthreads();
-    cluster_wait();  // until all have begun, so that their shared memory can be written
     if (is_sparse()) {
       for (int i = 1; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
+    }
+    cluster_wait();  // until all have begun, so that their shared memory can be written
+    if (is_sparse()) {
       score();
       wait_for(shared_.arrived.scores);
       select();
@@ -189,16 +199,19 @@ class ClusterDecode {
  private:
   __device__ bool is_sparse() const { return num_pages_ > budget_; }
 
-  __device__ int ctas() const { return 1 << log2_ctas_; }
-
   // The newest page is kept whatever its score; those before it compete.
   __device__ int num_competing() const { return num_pages_ - 1; }
 
   // Whether the pages before `page` were written in earlier steps.
   __device__ bool is_settled_before(int page) const { return page + kGrowingPages <= num_pages_; }
 
-  // Of the elements [group_size, head_size], those that each CTA merges.
-  __device__ int share() const { return p_.group_size * kHeadSize >> log2_ctas_; }
+  // Of the elements [group_size, head_size], those that this CTA merges: all but the last CTAs
+  // `share()` of them.
+  __device__ int share() const { return divisors_.share.divisor(); }
+  __device__ int first_merged() const { return rank_ * share(); }
+  __device__ int num_merged() const {
+    return max(0, min(share(), p_.group_size * kHeadSize - first_merged()));
+  }
 
   // Say how many bytes the CTAs of the cluster will send this one, itself among them.
   __device__ void expect_messages() {
@@ -207,25 +220,25 @@ class ClusterDecode {
     if (is_sparse()) {
       const int num_messages = (num_competing() + kKeysOfMessage - 1) / kKeysOfMessage;
       shared_.arrived.scores.expect(num_messages * sizeof(uint4) +
-                                    (kWarps << log2_ctas_) * sizeof(WarpPages));
+                                    ctas_ * kWarps * sizeof(WarpPages));
     }
-    const int first = rank_ * share(), last = first + share() - 1;
-    const int num_heads = last / kHeadSize - first / kHeadSize + 1;
-    shared_.arrived.parts.expect((share() * sizeof(float) + num_heads * sizeof(float2))
-                                 << log2_ctas_);
+    const int first = first_merged(), end = first + num_merged();
+    const int num_heads = (end + kHeadSize - 1) / kHeadSize - first / kHeadSize;
+    shared_.arrived.parts.expect(
+        first == end ? 0 : ctas_ * (num_merged() * sizeof(float) + num_heads * sizeof(float2)));
   }
 
   // Write what a CTA, this one or another, is to have at `to`. All have it after wait_for(barrier).
   template <typename Message, typename Place>
   __device__ void tell(int cta, Place* to, const Barrier& barrier, const Message& message) const {
-    if (log2_ctas_ == 0) {
+    if (ctas_ == 1) {
       *reinterpret_cast<Message*>(to) = message;
     } else {
       send(address_in(to, cta), address_in(&barrier, cta), message);
     }
   }
   __device__ void wait_for(const Barrier& barrier) const {
-    if (log2_ctas_ == 0) {
+    if (ctas_ == 1) {
       __syncthreads();
     } else {
       barrier.wait(0);
@@ -234,15 +247,15 @@ class ClusterDecode {
 
   // Where rows are few, what counts is how long a warp takes for a tile, elsewhere how fast tiles
   // are copied: they are padded, or not.
-  __device__ bool has_few_rows() const { return log2_ctas_ >= kFewRowsLog2; }
+  __device__ bool has_few_rows() const { return ctas_ >= kFewRowsCtas; }
   __device__ int pitch() const { return has_few_rows() ? Tile::kPaddedPitch : Tile::kDensePitch; }
 
   // Whether each warp has its best page copied before pages are chosen: a page as large as a tile.
   __device__ bool takes_best() const { return p_.cache.page_size == kTileTokens && budget_ > 1; }
 
   // Tiles of 16 pages are dealt to the CTAs in turn.
-  __device__ int first_tile_page() const { return ((warp_ << log2_ctas_) + rank_) * kTilePages; }
-  __device__ int tile_step() const { return (kWarps << log2_ctas_) * kTilePages; }
+  __device__ int first_tile_page() const { return (warp_ * ctas_ + rank_) * kTilePages; }
+  __device__ int tile_step() const { return kWarps * ctas_ * kTilePages; }
 
   // A thread keeps entries threadIdx.x, + kThreads, ... of the block table in shared memory: the
   // first, which it has, and so many more, all asked for at once.
@@ -339,7 +352,7 @@ class ClusterDecode {
       const int page = first + c_ * kKeysOfMessage;
       if (page >= num_competing()) continue;
 #pragma unroll 1
-      for (int cta = r_; cta < ctas(); cta += 8) {
+      for (int cta = r_; cta < ctas_; cta += kToldAtOnce) {
         tell(cta, keys_ + page, shared_.arrived.scores,
              make_uint4(keys[0], keys[1], keys[2], keys[3]));
       }
@@ -348,7 +361,7 @@ class ClusterDecode {
     const unsigned has_best =
         __ballot_sync(kAllLanes, best >= 0 && range.highest == of_warp.highest);
     if (takes_best() && has_best != 0) best_ = __shfl_sync(kAllLanes, best, __ffs(has_best) - 1);
-    if (lane_ < ctas()) {
+    if (lane_ < ctas_) {
       tell(lane_, &messages_[rank_].warps[warp_], shared_.arrived.scores,
            make_uint4(of_warp.lowest, of_warp.highest, static_cast<uint32_t>(best_), 0));
     }
@@ -380,7 +393,7 @@ class ClusterDecode {
   __device__ KeyRange range_of_all() const {
     KeyRange range = KeyRange::of_none();
 #pragma unroll 1
-    for (int i = lane_; i < kWarps << log2_ctas_; i += kWarpSize) {
+    for (int i = lane_; i < kWarps * ctas_; i += kWarpSize) {
       range.add(messages_[i / kWarps].warps[i % kWarps].range);
     }
     return range.of_warp();
@@ -401,7 +414,8 @@ class ClusterDecode {
   __device__ void select() {
     list_ = reinterpret_cast<int32_t*>(keys_);
     const auto list = [&](int i, int page) {
-      if ((i & (ctas() - 1)) == rank_) list_[i >> log2_ctas_] = page;
+      const int ours = divisors_.ctas.quotient(i);
+      if (i - ours * ctas_ == rank_) list_[ours] = page;
     };
     if (budget_ > 1) {
       const auto keys = [&](int page) {
@@ -423,7 +437,7 @@ class ClusterDecode {
     static_assert(kWarps * kMaxClusterCtas <= kThreads);  // a thread each
     bool is_chosen = false;
     const int i = threadIdx.x;
-    if (i < kWarps << log2_ctas_) {
+    if (i < kWarps * ctas_) {
       const int page = messages_[i / kWarps].warps[i % kWarps].best;
       is_chosen = page >= 0 && selection.take(page);
     }
@@ -440,8 +454,8 @@ class ClusterDecode {
     Attention attention(shared_.query, pitch(), p_.scale, p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_) - num_taken_;
-    const int num_ours = (num_attended - rank_ + ctas() - 1) >> log2_ctas_;
-    const bool has_newest = num_attended > 0 && ((num_attended - 1) & (ctas() - 1)) == rank_;
+    const int num_ours = divisors_.ctas.quotient(num_attended - rank_ + ctas_ - 1);
+    const bool has_newest = num_ours > 0 && (num_ours - 1) * ctas_ + rank_ == num_attended - 1;
     const int unfilled = num_pages_ * p_.cache.page_size - seq_len_;
     tokens_ = num_ours * p_.cache.page_size - (has_newest ? unfilled : 0);
 
@@ -486,7 +500,7 @@ class ClusterDecode {
     int page = 0;
     if (position < tokens_) {
       const int ours = divisors_.page_size.quotient(position);
-      page = is_sparse() ? list_[ours] : (ours << log2_ctas_) + rank_;
+      page = is_sparse() ? list_[ours] : ours * ctas_ + rank_;
       planned_start_ = start_of(page) + (position - ours * p_.cache.page_size) * Tile::kRowSize;
     }
     if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
@@ -550,7 +564,7 @@ class ClusterDecode {
         merged.y += part[warp].y * factor;
       }
       const int cta = divisors_.share.quotient(i), element = i - cta * share();
-      tell(cta, merged_ + rank_ * share() + element, shared_.arrived.parts,
+      tell(cta, merged_ + first_merged() + element, shared_.arrived.parts,
            make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
       // The first of a head's elements in a share bring the head's weight along.
       if (dim == 0 || element == 0) {
@@ -564,21 +578,23 @@ class ClusterDecode {
   // up to 4 CTAs' parts each.
   __device__ void merge_ctas() const {
     constexpr int kParts = 4;
-    const int log2_lanes = max(0, log2_ctas_ - 2), lane = lane_ & ((1 << log2_lanes) - 1);
+    const int log2_lanes = ctas_ <= kParts ? 0 : ctas_ <= 2 * kParts ? 1 : 2;
+    static_assert(kMaxClusterCtas == 4 * kParts);
+    const int lane = lane_ & ((1 << log2_lanes) - 1);
 #pragma unroll 1
-    for (int first = 0; first < share(); first += kThreads >> log2_lanes) {
+    for (int first = 0; first < num_merged(); first += kThreads >> log2_lanes) {
       const int i = first + (static_cast<int>(threadIdx.x) >> log2_lanes);
-      const int in_share = min(i, share() - 1), element = rank_ * share() + in_share;
+      const int in_share = min(i, num_merged() - 1), element = first_merged() + in_share;
       const int head = element / kHeadSize;
       float2 weight[kParts];
       float part[kParts];
       float maximum = -INFINITY, sum = 0.0f, merged = 0.0f;
 #pragma unroll
       for (int k = 0; k < kParts; ++k) {
-        const int cta = min(lane + (k << log2_lanes), ctas() - 1);
+        const int cta = min(lane + (k << log2_lanes), ctas_ - 1);
         weight[k] = messages_[cta].weight[head];
         part[k] = merged_[cta * share() + in_share];
-        if (lane + (k << log2_lanes) >= ctas()) weight[k].x = -INFINITY;
+        if (lane + (k << log2_lanes) >= ctas_) weight[k].x = -INFINITY;
         maximum = fmaxf(maximum, weight[k].x);
       }
 #pragma unroll 1
@@ -596,7 +612,7 @@ class ClusterDecode {
         sum += __shfl_xor_sync(kAllLanes, sum, lanes);
         merged += __shfl_xor_sync(kAllLanes, merged, lanes);
       }
-      if (lane != 0 || i >= share()) continue;
+      if (lane != 0 || i >= num_merged()) continue;
       T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
                      (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
       *out = Element<T>::from_float(sum == 0.0f ? 0.0f : __fdividef(merged, sum));  // 0: no tokens
@@ -615,7 +631,7 @@ class ClusterDecode {
   uint4* const bitmap_;
   const int lane_, warp_, r_, c_;
 
-  const int log2_ctas_, rank_;  // of the cluster
+  const int ctas_, rank_;  // of the cluster
   const int row_, head_;
   const int32_t* const table_;
   const int32_t first_entry_;  // of the table, of those that this thread keeps in shared memory
@@ -637,8 +653,8 @@ template <typename T, int kHeadSize, int kGroupTiles>
 __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThreads,
                                   kResident<kHeadSize, kGroupTiles>)
     cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p,
-                          const __grid_constant__ Divisors divisors, int log2_ctas, int stages,
-                          int room, int sharing) {
+                          const __grid_constant__ Divisors divisors, int ctas, int stages, int room,
+                          int sharing) {
   // grid: [rows, KV heads, CTAs of a cluster]
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
@@ -647,7 +663,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles>::kThr
   // Of another row, a thread each: asked for now, needed at the end.
   const int other = min(static_cast<int>(threadIdx.x), rows.num_rows - 1);
   const int other_len = rows.seq_lens[other], other_budget = rows.budgets[other];
-  Decode decode(p, divisors, shared_memory, log2_ctas, stages, room);
+  Decode decode(p, divisors, shared_memory, ctas, stages, room);
   if (decode.is_ours()) {
     decode.run();
   } else {
@@ -681,17 +697,17 @@ struct Launcher {
   struct Limits {
     int stages;
     int shared_bytes;                   // of a CTA
-    int clusters[kMaxClusterLog2 + 1];  // at a time, by log2 of their CTAs
+    int clusters[kMaxClusterCtas + 1];  // at a time, by their CTAs
   };
 
-  static cudaLaunchConfig_t config(int clusters, int log2_ctas, int shared_bytes,
-                                   cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
+  static cudaLaunchConfig_t config(int clusters, int ctas, int shared_bytes, cudaStream_t stream,
+                                   cudaLaunchAttribute (&attributes)[2]) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {1u << log2_ctas, 1, 1};
+    attributes[0].val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(clusters << log2_ctas);
+    config.gridDim = dim3(clusters * ctas);
     config.blockDim = dim3(Decode::kThreads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
@@ -702,17 +718,17 @@ struct Launcher {
 
   // One tile a warp, so that two CTAs share a multiprocessor. No clusters of several.
   static const Limits& shared() {
-    static const Limits found = find_limits(1, kResident<M::kHeadSize, M::kGroupTiles>, 0);
+    static const Limits found = find_limits(1, kResident<M::kHeadSize, M::kGroupTiles>, 1);
     return found;
   }
 
   // Two tiles a warp.
   static const Limits& alone() {
-    static const Limits found = find_limits(kRing, 1, kMaxClusterLog2);
+    static const Limits found = find_limits(kRing, 1, kMaxClusterCtas);
     return found;
   }
 
-  static Limits find_limits(int stages, int resident, int max_log2) {
+  static Limits find_limits(int stages, int resident, int max_ctas) {
     Limits limits = {.stages = stages};
     const int bytes = shared_memory_for(kernel, resident);
     shared_memory_for(kernel, 1);  // allow it the most, whichever limits are found last
@@ -722,12 +738,11 @@ struct Launcher {
     }
     limits.shared_bytes = bytes;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    for (int log2_ctas = 0; log2_ctas <= max_log2; ++log2_ctas) {
+    for (int ctas = 1; ctas <= max_ctas; ++ctas) {
       cudaLaunchAttribute attributes[2];
-      const auto one = config(1, log2_ctas, bytes, nullptr, attributes);
-      if (cudaOccupancyMaxActiveClusters(&limits.clusters[log2_ctas], kernel, &one) !=
-          cudaSuccess) {
-        limits.clusters[log2_ctas] = 0;
+      const auto one = config(1, ctas, bytes, nullptr, attributes);
+      if (cudaOccupancyMaxActiveClusters(&limits.clusters[ctas], kernel, &one) != cudaSuccess) {
+        limits.clusters[ctas] = 0;
         cudaGetLastError();  // clusters of this size do not exist here
       }
     }
@@ -735,26 +750,28 @@ struct Launcher {
   }
 
   static int room(const Limits& limits) {
-    return limits.clusters[0] == 0 ? 0 : Decode::room(limits.shared_bytes, limits.stages);
+    return limits.clusters[1] == 0 ? 0 : Decode::room(limits.shared_bytes, limits.stages);
   }
 
   // Where rows are few, in the largest clusters that all run at once with a multiprocessor to each
   // CTA. Larger ones, two CTAs to a multiprocessor, are slower.
   static cudaError_t launch(const ClusterDecodeParams& params, cudaStream_t stream) {
     const int pairs = params.decode.rows.num_rows * params.decode.cache.num_kv_heads;
-    int log2_ctas = 0;
-    while (log2_ctas < kMaxClusterLog2 && alone().clusters[log2_ctas + 1] >= pairs) ++log2_ctas;
-    const Limits& limits = alone().clusters[log2_ctas] >= pairs ? alone() : shared();
-    if (limits.clusters[0] == 0) return cudaErrorInvalidConfiguration;
-    const int sharing = std::min(pairs << log2_ctas, max_decode_ctas());  // CTAs: long dense rows
+    int ctas = kMaxClusterCtas;
+    while (ctas > 1 && alone().clusters[ctas] < pairs) {
+      ctas = std::min(ctas - 1, Decode::kToldAtOnce);  // a ninth takes as long as eight more
+    }
+    const Limits& limits = alone().clusters[ctas] >= pairs ? alone() : shared();
+    if (limits.clusters[1] == 0) return cudaErrorInvalidConfiguration;
+    const int sharing = std::min(pairs * ctas, max_decode_ctas());  // CTAs: long dense rows
     const KvCache& cache = params.decode.cache;
     const Divisors divisors = {Divisor(cache.page_size), Divisor(cache.pages_per_block),
-                               Divisor(cache.num_kv_heads),
-                               Divisor(params.decode.group_size * M::kHeadSize >> log2_ctas)};
+                               Divisor(cache.num_kv_heads), Divisor(ctas),
+                               Divisor(Decode::share_of_cta(params.decode.group_size, ctas))};
     cudaLaunchAttribute attributes[2];
-    const auto all = config(pairs, log2_ctas, limits.shared_bytes, stream, attributes);
-    return cudaLaunchKernelEx(&all, kernel, params, divisors, log2_ctas, limits.stages,
-                              room(limits), sharing);
+    const auto all = config(pairs, ctas, limits.shared_bytes, stream, attributes);
+    return cudaLaunchKernelEx(&all, kernel, params, divisors, ctas, limits.stages, room(limits),
+                              sharing);
   }
 };
 

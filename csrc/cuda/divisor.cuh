@@ -7,7 +7,7 @@ namespace quest::cuda {
 
 class Divisor {
  public:
-  explicit Divisor(int divisor) {
+  explicit Divisor(int divisor) : divisor_(divisor) {
     int log2 = 0;  // rounded up
     while ((int64_t{1} << log2) < divisor) ++log2;
     shift_ = 31 + log2;
@@ -21,7 +21,10 @@ class Divisor {
                             shift_);
   }
 
+  __device__ __forceinline__ int divisor() const { return divisor_; }
+
  private:
+  int divisor_;
   uint32_t multiplier_;
   int shift_;
 };

@@ -56,6 +56,14 @@ def test_clusters_of_every_size(rows: int) -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE))
 
 
+@pytest.mark.parametrize("shape", [Shape(num_kv_heads=1), Shape(64, 1, 1)], ids=str)
+@pytest.mark.parametrize("rows", [7, 9, 11, 13, 14, 18, 20, 25, 30, 43, 65])
+def test_elements_that_clusters_cannot_deal_evenly(rows: int, shape: Shape) -> None:
+    """For each size of clusters, of any GPU, there is some number of rows."""
+    lengths = [1000 + 977 * row % 3000 for row in range(rows)]
+    assert decodes_alike(make_batch(shape, lengths, 40, DEVICE))
+
+
 @pytest.mark.parametrize("page_size", [8, 16, 32])
 @pytest.mark.parametrize("budget", [1, 2, 9, 40])
 def test_many_rows(budget: int, page_size: int) -> None:
