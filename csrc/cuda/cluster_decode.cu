@@ -115,13 +115,14 @@ class ClusterDecode {
     const int max_ctas = stages == 1 ? 1 : kMaxClusterCtas;  // see Launcher::shared
     return tiles_end(stages) + max_ctas * static_cast<int>(sizeof(Messages));
   }
-  // Of the elements [group_size, head_size], how many a CTA merges: an even number.
-  __host__ __device__ static constexpr int share_of_cta(int group_size, int ctas) {
-    return (group_size * kHeadSize + 2 * ctas - 1) / (2 * ctas) * 2;
-  }
   static constexpr int room(int shared_bytes, int stages) {
     constexpr int kGroupBytes = kGroupKeys * sizeof(uint32_t) + sizeof(uint4);
     return (shared_bytes - fixed_bytes(stages)) / kGroupBytes * kGroupKeys;
+  }
+
+  // Of the elements [group_size, head_size], how many a CTA merges: an even number.
+  __host__ __device__ static constexpr int share_of_cta(int group_size, int ctas) {
+    return (group_size * kHeadSize + 2 * ctas - 1) / (2 * ctas) * 2;
   }
 
   __device__ ClusterDecode(const ClusterDecodeParams& params, const Divisors& divisors,
