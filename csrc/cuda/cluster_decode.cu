@@ -760,7 +760,7 @@ struct Launcher {
     const int pairs = params.decode.rows.num_rows * params.decode.cache.num_kv_heads;
     int ctas = kMaxClusterCtas;
     while (ctas > 1 && alone().clusters[ctas] < pairs) {
-      ctas = std::min(ctas - 1, Decode::kToldAtOnce);  // a ninth takes as long as eight more
+      ctas = std::min(ctas - 1, Decode::kToldAtOnce);  // a ninth takes another round
     }
     const Limits& limits = alone().clusters[ctas] >= pairs ? alone() : shared();
     if (limits.clusters[1] == 0) return cudaErrorInvalidConfiguration;
