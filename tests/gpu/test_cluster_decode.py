@@ -59,7 +59,7 @@ def test_clusters_of_every_size(rows: int) -> None:
 @pytest.mark.parametrize("shape", [Shape(num_kv_heads=1), Shape(64, 1, 1)], ids=str)
 @pytest.mark.parametrize("rows", [7, 9, 11, 13, 14, 18, 20, 25, 30, 43, 65])
 def test_elements_that_clusters_cannot_deal_evenly(rows: int, shape: Shape) -> None:
-    """For each size of clusters, of any GPU, there is some number of rows."""
+    """Rows for clusters of many sizes; of which, depends on the GPU."""
     lengths = [1000 + 977 * row % 3000 for row in range(rows)]
     assert decodes_alike(make_batch(shape, lengths, 40, DEVICE))
 
