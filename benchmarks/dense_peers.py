@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gpu_timing import DEVICE
+
 if TYPE_CHECKING:
     from kernels import Case
-
-DEVICE = torch.device("cuda")
 
 
 class DenseLayers:

@@ -13,14 +13,14 @@ keys and values, too, beside which QUEST's attention begins.
     python benchmarks/kernels.py                          # the reference table
     python benchmarks/kernels.py --cases 1x4K 1x512K      # where QUEST starts to pay
     python benchmarks/kernels.py --cases 8x32K/32/32 --page-size 32 --budgets 512 2048 8192
+    python benchmarks/kernels.py --cases 1x1K --captured-for 1K 128K --no-dense
 """
 
 import argparse
-import gc
+import itertools
 import re
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,26 +29,22 @@ from typing import Any
 import torch
 
 from dense_peers import PEERS, DenseLayers, available_peers, write_and_attend
+from gpu_timing import COLD_BYTES, DEVICE, copy_bytes_per_us, free_memory, time_us
 from report import print_machine, print_table, ratio, write_json
 from vllm_quest import ops
 
 REFERENCE_CASES = (
     "1x32K 1x128K 8x32K 8x32K/32/32 8x128K 32x32K 64x16K 8x2K"  # rows x context / heads / KV heads
 )
-DEVICE = torch.device("cuda")
-COLD_BYTES = 256 << 20
-"""What is read between two visits of a layer: several times the L2 cache."""
 MEMORY_BYTES = 40 << 30
 """What all layers of a case may take together."""
-COPY_BYTES = 4 << 30
-REPLAY_MS = 40.0
-"""How long each time is measured for."""
 
 
 @dataclass(frozen=True)
 class Case:
     rows: int
     context_tokens: int
+    captured_tokens: int  # that the block table has columns for
     heads: int
     kv_heads: int
     head_size: int
@@ -66,9 +62,13 @@ class Case:
         return -(-self.context_tokens // self.page_size)
 
     @property
+    def table_blocks(self) -> int:
+        """Columns of the block table."""
+        return -(-self.captured_tokens // self.block_tokens)
+
+    @property
     def table_pages(self) -> int:
-        """What the row's blocks hold."""
-        return self.blocks * self.block_tokens // self.page_size
+        return self.table_blocks * self.block_tokens // self.page_size
 
     @property
     def budget_pages(self) -> int:
@@ -125,7 +125,11 @@ class Layer:
             keys = part[:, :, :tokens, : case.head_size].unflatten(2, (-1, page_size))
             part[:, :, tokens:, : case.head_size] = keys.amin(dim=3)
             part[:, :, tokens:, case.head_size :] = keys.amax(dim=3)
-        self.block_table = torch.randperm(blocks, device=DEVICE).int().view(case.rows, -1)
+        shape = (case.rows, case.table_blocks)
+        self.block_table = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
+        self.block_table[:, : case.blocks] = torch.randperm(blocks, device=DEVICE).view(
+            case.rows, -1
+        )
 
 
 class DecodeStep:
@@ -146,7 +150,7 @@ class DecodeStep:
         self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
         max_cluster_pages = ops.max_cluster_pages(group_size, case.head_size, DEVICE)
-        self.uses_clusters = case.pages <= max_cluster_pages
+        self.uses_clusters = case.table_pages <= max_cluster_pages
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
@@ -223,45 +227,6 @@ def layers_for(case: Case, bytes_per_visit: int) -> int:
     return max(2, min(-(-COLD_BYTES // bytes_per_visit), MEMORY_BYTES // case.dense_bytes, 64))
 
 
-def time_us(visit: Callable[[int], None], num_layers: int) -> float:
-    """Median time of one visit of one layer."""
-    for i in range(num_layers):
-        visit(i)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(num_layers):
-            visit(i)
-
-    def replay_ms() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    replay_ms()
-    replays = max(7, min(100, int(REPLAY_MS / replay_ms())))
-    return statistics.median(replay_ms() for _ in range(replays)) * 1000 / num_layers
-
-
-def copy_bytes_per_us() -> float:
-    """Bytes read and written by the best of several copies."""
-    source = torch.empty(COPY_BYTES // 4, dtype=torch.float32, device=DEVICE).normal_()
-    target = torch.empty_like(source)
-
-    def copy_us() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(8):
-            target.copy_(source)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000 / 8
-
-    return 2 * COPY_BYTES / min(copy_us() for _ in range(5))
-
-
 def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
     """Time one case, and those of PEERS that are named; `copy` in bytes per microsecond."""
     coldest = min(filter(None, [case.score_bytes, case.decode_bytes]))
@@ -281,6 +246,7 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
         "rows x context, heads": str(case),
         "page": case.page_size,
         "budget": case.budget_tokens,
+        "captured for": in_k(case.captured_tokens),
         "write µs": write,
         "score µs": score,
         "score GB/s": case.score_bytes / score / 1000,
@@ -346,19 +312,26 @@ def is_close(out: torch.Tensor, expected: torch.Tensor) -> bool:
     return difference.item() < 0.01
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+def parse_tokens(text: str) -> int:
+    match = re.fullmatch(r"(\d+)(K?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected tokens, such as 2048 or 2K, got {text}")
+    return int(match[1]) << (10 if match[2] else 0)
 
 
-def parse_case(text: str, args: argparse.Namespace, budget_tokens: int) -> Case:
-    match = re.fullmatch(r"(\d+)x(\d+)(K?)(?:/(\d+)/(\d+))?", text)
+def parse_case(
+    text: str, args: argparse.Namespace, budget_tokens: int, captured_tokens: int
+) -> Case:
+    """A case of the command line; `captured_tokens` is at least its context."""
+    match = re.fullmatch(r"(\d+)x(\d+K?)(?:/(\d+)/(\d+))?", text)
     if match is None:
         raise SystemExit(f"--cases: expected ROWSxTOKENS or ROWSxTOKENS/HEADS/KV_HEADS, got {text}")
-    rows, context, k, heads, kv_heads = match.groups()
+    rows, context, heads, kv_heads = match.groups()
+    context_tokens = parse_tokens(context)
     return Case(
         rows=int(rows),
-        context_tokens=int(context) << (10 if k else 0),
+        context_tokens=context_tokens,
+        captured_tokens=max(captured_tokens, context_tokens),
         heads=int(heads or args.heads),
         kv_heads=int(kv_heads or args.kv_heads),
         head_size=args.head_size,
@@ -381,6 +354,15 @@ def main() -> None:
         help="decode rows and the context that each has (default: %(default)s)",
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=[2048], metavar="TOKENS")
+    parser.add_argument(
+        "--captured-for",
+        nargs="+",
+        type=parse_tokens,
+        default=[0],
+        metavar="TOKENS",
+        help="longest context that the block table has room for, as a CUDA graph of a model so "
+        "long has it (default: the case's context)",
+    )
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--block-size", type=int, default=128, help="tokens of QUEST's vLLM blocks")
     parser.add_argument("--heads", type=int, default=32, help="query heads of cases without any")
@@ -404,8 +386,8 @@ def main() -> None:
     peers = None if args.no_dense else available_peers()
     rows = []
     for text in args.cases:
-        for budget in args.budgets:
-            rows.append(run(parse_case(text, args, budget), copy, peers))
+        for budget, captured in itertools.product(args.budgets, args.captured_for):
+            rows.append(run(parse_case(text, args, budget, captured), copy, peers))
             print_table(rows[-1:])
     print()
     print_table(rows)

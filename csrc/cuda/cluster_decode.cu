@@ -729,6 +729,10 @@ struct Launcher {
     return found;
   }
 
+  // The sizes of clusters that are used: 16 CTAs, then 8 and fewer. A ninth takes another round of
+  // messages.
+  static int next_smaller(int ctas) { return std::min(ctas - 1, Decode::kToldAtOnce); }
+
   static Limits find_limits(int stages, int resident, int max_ctas) {
     Limits limits = {.stages = stages};
     const int bytes = shared_memory_for(kernel, resident);
@@ -739,7 +743,7 @@ struct Launcher {
     }
     limits.shared_bytes = bytes;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    for (int ctas = 1; ctas <= max_ctas; ++ctas) {
+    for (int ctas = max_ctas; ctas > 0; ctas = next_smaller(ctas)) {
       cudaLaunchAttribute attributes[2];
       const auto one = config(1, ctas, bytes, nullptr, attributes);
       if (cudaOccupancyMaxActiveClusters(&limits.clusters[ctas], kernel, &one) != cudaSuccess) {
@@ -755,17 +759,19 @@ struct Launcher {
   }
 
   // Where rows are few, in the largest clusters that all run at once with a multiprocessor to each
-  // CTA. Larger ones, two CTAs to a multiprocessor, are slower.
+  // CTA. Larger ones, two CTAs to a multiprocessor, are slower. Tables that do not fit half of a
+  // multiprocessor's memory have it whole, however many the rows.
   static cudaError_t launch(const ClusterDecodeParams& params, cudaStream_t stream) {
-    const int pairs = params.decode.rows.num_rows * params.decode.cache.num_kv_heads;
+    const KvCache& cache = params.decode.cache;
+    const Rows& rows = params.decode.rows;
+    const int pairs = rows.num_rows * cache.num_kv_heads;
     int ctas = kMaxClusterCtas;
-    while (ctas > 1 && alone().clusters[ctas] < pairs) {
-      ctas = std::min(ctas - 1, Decode::kToldAtOnce);  // a ninth takes another round
-    }
-    const Limits& limits = alone().clusters[ctas] >= pairs ? alone() : shared();
+    while (ctas > 1 && alone().clusters[ctas] < pairs) ctas = next_smaller(ctas);
+    const bool all_at_once = alone().clusters[ctas] >= pairs;
+    const bool fits_half = rows.max_blocks * cache.pages_per_block <= room(shared());
+    const Limits& limits = all_at_once || !fits_half ? alone() : shared();
     if (limits.clusters[1] == 0) return cudaErrorInvalidConfiguration;
     const int sharing = std::min(pairs * ctas, max_decode_ctas());  // CTAs: long dense rows
-    const KvCache& cache = params.decode.cache;
     const Divisors divisors = {Divisor(cache.page_size), Divisor(cache.pages_per_block),
                                Divisor(cache.num_kv_heads), Divisor(ctas),
                                Divisor(Decode::share_of_cta(params.decode.group_size, ctas))};
@@ -783,7 +789,7 @@ int max_cluster_pages(const KvCache& cache, int group_size) {
   int pages = 0;
   for_shape(cache, group_size, [&](auto shape) {
     using Launcher = cuda::Launcher<decltype(shape)>;
-    pages = std::min(Launcher::room(Launcher::shared()), Launcher::room(Launcher::alone()));
+    pages = Launcher::room(Launcher::alone());
     return cudaSuccess;
   });
   return pages;

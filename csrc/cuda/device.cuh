@@ -156,7 +156,9 @@ __device__ __forceinline__ void copies_follow_accesses() {
 }
 
 __device__ __forceinline__ void store(void* address, const Vec& v) {
-  *reinterpret_cast<uint4*>(address) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -187,7 +189,8 @@ struct MatrixA {
   uint32_t word[2][2];
 };
 
-// Element types: arithmetic on two elements in a word, and the matrix unit's product.
+// Element types: arithmetic on two elements in a word, pairs of infinities, and the matrix unit's
+// product.
 template <typename T>
 struct Element;
 
@@ -204,6 +207,7 @@ struct Element;
 template <>
 struct Element<__nv_bfloat16> {
   using Pair = __nv_bfloat162;
+  static constexpr uint32_t kInfinity = 0x7f807f80u, kMinusInfinity = 0xff80ff80u;
   static __device__ __forceinline__ void mma(float (&sum)[4], const MatrixA& a, uint32_t b0,
                                              uint32_t b1) {
     QUEST_MMA("bf16");
@@ -219,6 +223,7 @@ struct Element<__nv_bfloat16> {
 template <>
 struct Element<__half> {
   using Pair = __half2;
+  static constexpr uint32_t kInfinity = 0x7c007c00u, kMinusInfinity = 0xfc00fc00u;
   static __device__ __forceinline__ void mma(float (&sum)[4], const MatrixA& a, uint32_t b0,
                                              uint32_t b1) {
     QUEST_MMA("f16");

@@ -22,6 +22,7 @@ class Score {
   using Tile = BoundsTile<kHeadSize>;
   static constexpr int kVecs = kHeadSize / 32, kWarps = kRings<kHeadSize>;
   static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr bool kPadded = false;  // tiles; what counts is how fast they are copied
   static constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
 
   struct alignas(kLineBytes) Shared {
@@ -98,8 +99,8 @@ class Score {
   // Have this warp's tile of a chunk copied.
   __device__ void copy_tile(int number) {
     if (has_next_) {
-      copy_bounds<T, kHeadSize>(tile(copied_), false, p_.cache, next_.head, next_block_, next_page_,
-                                shared_.arrived[warp_][copied_.stage]);
+      copy_bounds<T, kHeadSize>(tile(copied_), kPadded, p_.cache, next_.head, next_block_,
+                                next_page_, shared_.arrived[warp_][copied_.stage]);
       copied_.advance(kStages);
     }
     look_up(number + 1);
@@ -121,7 +122,7 @@ class Score {
 
   __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
                              int pages) const {
-    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs, false>(
+    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs, kPadded>(
         tile, [&](int group, int j) { return query_[group][j]; });
     // Lanes with c = 0 write the scores of the tile's first 8 pages, with c = 1 the others.
     const int page = first_page + 8 * c_ + Tile::page_of_row(r_);

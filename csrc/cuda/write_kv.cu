@@ -1,41 +1,50 @@
 // write_kv: store keys and values in their slots, and take the touched pages' bounds anew.
 //
-// The slots of a page are adjacent in the slot mapping: a run. A warp handles one head of one run:
-// each lane owns columns of 16 bytes of the cache's rows, copies them, and keeps the minimum and
-// maximum of those that are keys; then it looks at the page's earlier keys, which no other warp of
-// this launch writes.
+// The slots of a page are adjacent in the slot mapping: a run. A warp has a window of slots and a
+// head: it handles the runs that end there. Each lane owns columns of 16 bytes of the cache's rows,
+// copies them, and keeps the minimum and maximum of those that are keys; then it looks at the
+// page's earlier keys, which no other warp of this launch writes.
 //
 // The other scores' bounds (score_kind.h) need the page's keys once or twice more, from L2.
 //
 // Bytes: 4 * head_size read and written per token and KV head; for a page not begun here also the
 // keys before, and its bounds. Prefill copies at memory speed; decode waits for memory twice.
 #include "device.cuh"
+#include "divisor.cuh"
 #include "launch.cuh"
-#include "schedule.cuh"
+#include "rows.cuh"
 
 namespace quest::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kRowsInFlight = 8;  // that a lane loads before it stores the first
-constexpr int kWindow = 16;       // slots for a CTA where there are many
-constexpr int kSmallBatch = 2048;
+constexpr int kNewInFlight = 8;  // rows that a lane loads before it stores the first
+constexpr int kStoredInFlight = 16;
+constexpr int kMaxWindow = 16;    // slots
+constexpr int kWarpsAtOnce = 16;  // of a multiprocessor
 
-// The minimum and maximum of 8 columns.
+// How slots are dealt to warps, and what they divide by.
+struct Deal {
+  int window;  // slots
+  Divisor heads, page_size, pages_per_block;
+};
+
+// The minimum and maximum of 8 columns; NaN wins.
 template <typename T>
 struct Extremes {
-  Vec low, high;
-  bool is_empty = true;
+  Vec low = all(Element<T>::kInfinity), high = all(Element<T>::kMinusInfinity);
 
   __device__ void add(const Vec& row) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      low.word[w] = is_empty ? row.word[w] : min_pair<T>(low.word[w], row.word[w]);
-      high.word[w] = is_empty ? row.word[w] : max_pair<T>(high.word[w], row.word[w]);
+      low.word[w] = min_pair<T>(low.word[w], row.word[w]);
+      high.word[w] = max_pair<T>(high.word[w], row.word[w]);
     }
-    is_empty = false;
   }
+
+ private:
+  __device__ static Vec all(uint32_t pair) { return {{pair, pair, pair, pair}}; }
 };
 
 // 8 columns in fp32.
@@ -61,98 +70,121 @@ struct Floats {
   }
 };
 
+// Where a slot's token is in the cache, counted over all blocks; negative for padding.
+__device__ __forceinline__ int token_of(const WriteKvParams& p, int slot) {
+  return static_cast<int>(p.slot_mapping[slot]);
+}
+
 template <typename T, ScoreKind kScore>
 class RunWriter {
  public:
-  __device__ RunWriter(const WriteKvParams& p, int last_slot, int head)
+  __device__ RunWriter(const WriteKvParams& p, const Deal& deal, int last_slot, int head)
       : p_(p), lane_(threadIdx.x % kWarpSize), last_slot_(last_slot), head_(head) {
-    const int64_t last_token = p.slot_mapping[last_slot];
-    page_ = last_token / p.cache.page_size;
-    last_ = static_cast<int>(last_token % p.cache.page_size);
+    const int token = token_of(p, last_slot), page_size = p.cache.page_size;
+    const int page = deal.page_size.quotient(token);
+    begin_ = page * page_size;
+    last_ = token - begin_;
+    const int block = deal.pages_per_block.quotient(page);
+    const int page_in_block = page - block * p.cache.pages_per_block;
+    T* rows =
+        static_cast<T*>(p.cache.data) + block * p.cache.block_stride + head * p.cache.head_stride;
+    page_rows_ = rows + page_in_block * page_size * row_size();
+    bounds_ = rows + (p.cache.block_tokens + page_in_block) * row_size();
   }
 
   __device__ void run() {
-    const int count = count_slots();
-    const int first =
-        static_cast<int>(p_.slot_mapping[last_slot_ - count + 1] % p_.cache.page_size);
-    // Keys of the page that count as well: those before the run, or, where it skips some, all.
-    const bool skips = last_ - first + 1 != count;
-    const int num_stored = skips ? last_ + 1 : first;
-
-    const int64_t token = page_ * p_.cache.page_size;
-    const int64_t block = token / p_.cache.block_tokens;
-    const int token_in_block = static_cast<int>(token % p_.cache.block_tokens);
-    const int head_size = p_.cache.head_size, row_size = 2 * head_size;
-    T* block_rows = static_cast<T*>(p_.cache.data) + block * p_.cache.block_stride +
-                    head_ * p_.cache.head_stride;
-    T* page_rows = block_rows + token_in_block * row_size;
-    T* bounds =
-        block_rows + (p_.cache.block_tokens + token_in_block / p_.cache.page_size) * row_size;
-
-    for (int column = Vec::kElements * lane_; column < row_size;
+    const int count = count_slots(), first_slot = last_slot_ - count + 1;
+    const int first = token_of(p_, first_slot) - begin_;
+    const bool skips_tokens = last_ - first + 1 != count;
+    for (int column = Vec::kElements * lane_; column < row_size();
          column += Vec::kElements * kWarpSize) {
-      const bool is_key = column < head_size;
-      Extremes<T> extremes;
-      if (is_key && !skips) read_stored(num_stored, page_rows + column, extremes);
-      copy_run(count, column, is_key, page_rows, extremes);
-      if (!is_key) continue;
-      if (skips) read_stored(num_stored, page_rows + column, extremes);
-      if constexpr (kScore != ScoreKind::kMinMax) estimate(page_rows + column, extremes);
-      store(bounds + column, extremes.low);
-      store(bounds + head_size + column, extremes.high);
+      const bool is_key = column < p_.cache.head_size;
+      const New from =
+          is_key ? New{static_cast<const T*>(p_.key) + head_ * p_.key_head_stride +
+                           first_slot * p_.key_token_stride + column,
+                       p_.key_token_stride}
+                 : New{static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
+                           first_slot * p_.value_token_stride + column - p_.cache.head_size,
+                       p_.value_token_stride};
+      const Extremes<T> extremes = skips_tokens
+                                       ? copy_each(from, first_slot, count, column)
+                                       : copy(from, first, count, is_key, page_rows_ + column);
+      if (is_key) store_bounds(extremes, column);
     }
   }
 
  private:
+  // A lane's columns of the run's new keys or values.
+  struct New {
+    const T* first;
+    int64_t token_stride;
+  };
+
+  __device__ int row_size() const { return 2 * p_.cache.head_size; }
+
   // How many slots up to the last lie in its page. The page has no more tokens than that.
   __device__ int count_slots() const {
     int count = 0;
     while (true) {
       const int slot = last_slot_ - count - lane_;
-      const int64_t token = slot >= 0 ? p_.slot_mapping[slot] : -1;
-      const bool in_page = token >= 0 && token / p_.cache.page_size == page_;
+      const int offset = slot >= 0 ? token_of(p_, slot) - begin_ : -1;
+      const bool in_page = offset >= 0 && offset < p_.cache.page_size;
       const int found = __ffs(~__ballot_sync(kAllLanes, in_page)) - 1;
       if (found >= 0) return count + found;
       count += kWarpSize;
     }
   }
 
-  __device__ void copy_run(int count, int column, bool is_key, T* page_rows,
-                           Extremes<T>& extremes) const {
-    const T* from = is_key ? static_cast<const T*>(p_.key) + head_ * p_.key_head_stride + column
-                           : static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
-                                 column - p_.cache.head_size;
-    const int64_t token_stride = is_key ? p_.key_token_stride : p_.value_token_stride;
-    const int first_slot = last_slot_ - count + 1;
-    for (int i = 0; i < count; i += kRowsInFlight) {
-      Vec rows[kRowsInFlight];
-      int offsets[kRowsInFlight];
+  // Copy a run of `count` tokens from `first` on to the page's rows; the extremes of its columns,
+  // with those of the keys before.
+  __device__ Extremes<T> copy(const New& from, int first, int count, bool is_key, T* rows) const {
+    Extremes<T> extremes;
+    for (int i = 0; i < count; i += kNewInFlight) {
+      Vec added[kNewInFlight];
 #pragma unroll
-      for (int k = 0; k < kRowsInFlight; ++k) {
-        const int slot = first_slot + min(i + k, count - 1);
-        rows[k] = load_once(from + slot * token_stride);
-        offsets[k] = static_cast<int>(p_.slot_mapping[slot] - page_ * p_.cache.page_size);
+      for (int k = 0; k < kNewInFlight; ++k) {
+        if (k < count - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
+      }
+      if (i == 0 && is_key) read_stored(first, rows, extremes);
+#pragma unroll
+      for (int k = 0; k < kNewInFlight; ++k) {
+        if (k < count - i) {
+          store(rows + (first + i + k) * row_size(), added[k]);
+          extremes.add(added[k]);
+        }
+      }
+    }
+    return extremes;
+  }
+
+  __device__ void read_stored(int num_stored, const T* rows, Extremes<T>& extremes) const {
+    for (int i = 0; i < num_stored; i += kStoredInFlight) {
+      Vec stored[kStoredInFlight];
+#pragma unroll
+      for (int k = 0; k < kStoredInFlight; ++k) {
+        stored[k] = load_once(rows + min(i + k, num_stored - 1) * row_size());
       }
 #pragma unroll
-      for (int k = 0; k < kRowsInFlight; ++k) {
-        if (i + k >= count) continue;
-        store(page_rows + offsets[k] * 2 * p_.cache.head_size + column, rows[k]);
-        if (is_key) extremes.add(rows[k]);
-      }
+      for (int k = 0; k < kStoredInFlight; ++k) extremes.add(stored[k]);
     }
   }
 
-  __device__ void read_stored(int num_stored, const T* keys, Extremes<T>& extremes) const {
-    constexpr int kInFlight = 16;
-    for (int i = 0; i < num_stored; i += kInFlight) {
-      Vec rows[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        rows[k] = load_once(keys + min(i + k, num_stored - 1) * 2 * p_.cache.head_size);
-      }
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) extremes.add(rows[k]);
+  // The same for a run that skips tokens of its page, which is rare: one token after the other.
+  __device__ Extremes<T> copy_each(const New& from, int first_slot, int count, int column) const {
+    for (int i = 0; i < count; ++i) {
+      const int offset = token_of(p_, first_slot + i) - begin_;
+      store(page_rows_ + offset * row_size() + column,
+            load_once(from.first + i * from.token_stride));
     }
+    Extremes<T> extremes;
+    for (int i = 0; i <= last_; ++i) extremes.add(load_once(page_rows_ + i * row_size() + column));
+    return extremes;
+  }
+
+  __device__ void store_bounds(Extremes<T> extremes, int column) const {
+    if constexpr (kScore != ScoreKind::kMinMax) estimate(page_rows_ + column, extremes);
+    store(bounds_ + column, extremes.low);
+    store(bounds_ + p_.cache.head_size + column, extremes.high);
   }
 
   // Turn the extremes of a page's keys into center - spread and center + spread.
@@ -190,7 +222,7 @@ class RunWriter {
   template <typename F>
   __device__ void for_each_key(const T* keys, const F& f) const {
     for (int token = 0; token <= last_; ++token) {
-      const Floats key = Floats::of<T>(load_once(keys + token * 2 * p_.cache.head_size));
+      const Floats key = Floats::of<T>(load_once(keys + token * row_size()));
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) f(i, key.at[i]);
     }
@@ -198,36 +230,38 @@ class RunWriter {
 
   const WriteKvParams& p_;
   const int lane_, last_slot_, head_;
-  int64_t page_;  // number in the whole cache
+  int begin_;     // the page's first token in the whole cache
   int last_;      // written token of the page
+  T* page_rows_;  // the head's
+  T* bounds_;
 };
 
 template <typename T, ScoreKind kScore>
-__global__ void __launch_bounds__(kThreads)
-    write_kv_kernel(const __grid_constant__ WriteKvParams p, int window, int parts) {
-  // grid: [windows of slots, parts of the heads]; a CTA handles the runs that end in its window, a
-  // warp one head each.
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+__global__ void __launch_bounds__(kThreads, 2)
+    write_kv_kernel(const __grid_constant__ WriteKvParams p, const __grid_constant__ Deal deal) {
+  // grid: warps for [windows of slots, heads]
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarpSize;
+  const int window = deal.heads.quotient(warp), head = warp - window * p.cache.num_kv_heads;
 
   // Find the ends of runs: slots followed by another page, by padding, or by nothing.
-  const int first_slot = blockIdx.x / parts * window, slot = first_slot + lane;
+  const int first_slot = window * deal.window, slot = first_slot + lane;
   bool is_end = false;
-  if (lane < window && slot < p.num_slots && p.slot_mapping[slot] >= 0) {
-    const int64_t next = slot + 1 < p.num_slots ? p.slot_mapping[slot + 1] : -1;
-    is_end = next < 0 || next / p.cache.page_size != p.slot_mapping[slot] / p.cache.page_size;
+  if (lane < deal.window && slot < p.num_slots) {
+    const int token = token_of(p, slot), next = slot + 1 < p.num_slots ? token_of(p, slot + 1) : -1;
+    is_end =
+        token >= 0 && (next < 0 || deal.page_size.quotient(next) != deal.page_size.quotient(token));
   }
-  const unsigned ends = __ballot_sync(kAllLanes, is_end);
+  unsigned ends = __ballot_sync(kAllLanes, is_end);
   wait_for_previous_kernel();
   release_next_kernel();
 
-  const int part = blockIdx.x % parts, heads = div_up(p.cache.num_kv_heads - part, parts);
-  for (int pair = warp; pair < __popc(ends) * heads; pair += kWarps) {
-    const int run = pair / heads, head = pair % heads * parts + part;
-    RunWriter<T, kScore>(p, first_slot + __fns(ends, 0, run + 1), head).run();
+  for (; ends != 0; ends &= ends - 1) {
+    RunWriter<T, kScore>(p, deal, first_slot + __ffs(ends) - 1, head).run();
   }
 }
 
-using Kernel = void (*)(WriteKvParams, int, int);
+using Kernel = void (*)(WriteKvParams, Deal);
 
 template <typename T>
 Kernel kernel_for(ScoreKind score) {
@@ -245,13 +279,20 @@ Kernel kernel_for(ScoreKind score) {
 }  // namespace
 
 cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
-  const int window = params.num_slots <= kSmallBatch ? 1 : kWindow;
-  const int parts = window == 1 ? div_up(params.cache.num_kv_heads, kWarps) : 1;
-  const int ctas = div_up(params.num_slots, window) * parts;
+  // Windows are as short as leaves all warps running at once: in decode a slot each.
+  const int heads = params.cache.num_kv_heads;
+  const int warps_at_once = num_multiprocessors() * kWarpsAtOnce;
+  int window = 1;
+  while (window < kMaxWindow && div_up(params.num_slots, window) * heads > warps_at_once) {
+    window *= 2;
+  }
+  const Deal deal = {window, Divisor(heads), Divisor(params.cache.page_size),
+                     Divisor(params.cache.pages_per_block)};
+  const int ctas = div_up(div_up(params.num_slots, window) * heads, kWarps);
   const Kernel kernel = params.cache.dtype == DType::kBFloat16
                             ? kernel_for<__nv_bfloat16>(params.score)
                             : kernel_for<__half>(params.score);
-  return launch(kernel, ctas, kThreads, 0, stream, params, window, parts);
+  return launch(kernel, ctas, kThreads, 0, stream, params, deal);
 }
 
 }  // namespace quest::cuda

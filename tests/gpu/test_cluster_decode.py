@@ -79,6 +79,22 @@ def test_one_long_row() -> None:
     assert decodes_alike(make_batch(Shape(num_kv_heads=8), [131072], 128, DEVICE))
 
 
+def test_many_rows_with_wide_tables() -> None:
+    """Scores for which half of a multiprocessor's shared memory has no room: a CTA has all."""
+    pages = ops.max_cluster_pages(4, 128, DEVICE)
+    lengths = [150_000] + [1 + 211 * row % 4000 for row in range(149)]
+    shape = Shape(num_kv_heads=1, pages_per_block=8)
+    assert decodes_alike(make_batch(shape, lengths, 40, DEVICE, max_tokens=pages // 8 * 128))
+
+
+@pytest.mark.large
+def test_a_row_as_long_as_shared_memory_has_room_for() -> None:
+    shape = Shape(num_kv_heads=8, pages_per_block=8)
+    tokens = ops.max_cluster_pages(4, 128, DEVICE) // 8 * 128
+    assert tokens >= 262_144
+    assert decodes_alike(make_batch(shape, [tokens - 3], 128, DEVICE, max_tokens=tokens))
+
+
 def test_tables_wider_than_shared_memory_are_refused() -> None:
     pages = ops.max_cluster_pages(4, 128, DEVICE)
     assert pages >= (1 << 17) // 16

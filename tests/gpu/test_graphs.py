@@ -25,6 +25,7 @@ pytestmark = [
 GRAPHS = {
     "full": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     "full and piecewise": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
+    "piecewise": {"cudagraph_mode": "PIECEWISE"},
 }
 SPARSE = {"token_budget": 128, "dense_layers": 1}
 LENGTHS = [1, 16, 17, 300, 700, 1500, 33]
@@ -68,7 +69,7 @@ def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
     assert agree(dense, run(path, {"token_budget": 4096}, **graphs))
 
 
-@pytest.mark.parametrize("mode", ["full", "full and piecewise"])
+@pytest.mark.parametrize("mode", GRAPHS)
 def test_graphs_change_no_token(model, runner, mode):
     """The same compilation with and without graphs: torch.compile itself rounds differently, and
     in its default mode as the fastest of several kernels happens to."""
