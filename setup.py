@@ -134,7 +134,7 @@ def cuda_extension(home: Path) -> NativeExtension:
         *(str(home / "bin" / "nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
         *(*archs, ptx),
     )
-    kernels = (*STAGES, "cluster_decode")
+    kernels = (*STAGES, "cluster_decode", "cluster_decode_wide")
     units = [Unit(CSRC / "cuda" / f"{kernel}.cu", "cuda", device) for kernel in kernels]
     units.append(Unit(CSRC / "cuda" / "bindings.cpp", "cuda", host))
     return NativeExtension(

@@ -150,7 +150,8 @@ class DecodeStep:
         self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
         max_cluster_pages = ops.max_cluster_pages(group_size, case.head_size, DEVICE)
-        self.uses_clusters = case.table_pages <= max_cluster_pages
+        self.uses_clusters = max_cluster_pages > 0
+        self.cluster_scores = self.scores if case.table_pages > max_cluster_pages else None
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
@@ -202,6 +203,8 @@ class DecodeStep:
             0.0,
             self.out,
             self.workspace,
+            None,
+            self.cluster_scores,
             follows_write_kv=follows_write_kv,
         )
 
@@ -211,7 +214,7 @@ class DecodeStep:
         self.sparse_decode(i)
 
     def attention(self, i: int, *, follows_write_kv: bool = False) -> None:
-        """As the plugin attends: in one launch where the row's scores fit shared memory."""
+        """As the plugin attends: in one launch where the GPU has clusters."""
         if self.uses_clusters:
             self.cluster_decode(i, follows_write_kv=follows_write_kv)
         else:

@@ -195,6 +195,18 @@ inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& valu
   return sizes;
 }
 
+// Whether the pages of all rows' tables have room.
+inline void check_scores(const char* op, Device device, const Tensor& kv_cache,
+                         const Tensor& scores, const Sizes& sizes) {
+  const Checks check(op, device);
+  check.device({{"kv_cache", kv_cache}, {"scores", scores}});
+  check.dtype({"scores", scores}, ScalarType::Float);
+  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, -1});
+  QUEST_CHECK(scores.size(2) >= sizes.max_pages, op, "shape", "scores must have room for ",
+              sizes.max_pages, " pages, got ", scores.size(2));
+  check.inner_contiguous({"scores", scores});
+}
+
 inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_cache,
                          const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
                          int64_t page_size, const Tensor& scores) {
@@ -208,11 +220,7 @@ inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_ca
                 {"scores", scores}});
   check.cache(kv_cache, page_size, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
-  check.dtype({"scores", scores}, ScalarType::Float);
-  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, -1});
-  QUEST_CHECK(scores.size(2) >= sizes.max_pages, "score", "shape", "scores must have room for ",
-              sizes.max_pages, " pages, got ", scores.size(2));
-  check.inner_contiguous({"scores", scores});
+  check_scores("score", device, kv_cache, scores, sizes);
   return sizes;
 }
 

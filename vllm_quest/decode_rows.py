@@ -58,11 +58,14 @@ class DecodeRows:
     pages: Tensor
     """[rows_per_pass, num_kv_heads, max_selected] int32 scratch."""
 
-    in_clusters: bool
-    """Whether the device does all stages in one launch, `ops.cluster_decode`."""
-
     workspace: Tensor | None
     """Scratch of `ops.sparse_decode`."""
+
+    in_clusters: bool = False
+    """Whether the device does all stages in one launch, `ops.cluster_decode`."""
+
+    clusters_need_scores: bool = False
+    """Whether that needs `scores`: for rows of more pages than its shared memory has room for."""
 
     counters: Tensor | None = None
     """[5] int64: the engine's counters, see `monitor`."""
@@ -71,3 +74,9 @@ class DecodeRows:
         """The rows, in parts that the scratch tensors hold."""
         num_rows, size = len(self.seq_lens), len(self.scores)
         return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
+
+    def cluster_passes(self) -> list[tuple[slice, Tensor | None]]:
+        """The rows, in parts for one launch each, and the scores that it needs."""
+        if not self.clusters_need_scores:
+            return [(slice(0, len(self.seq_lens)), None)]
+        return [(part, self.scores[: part.stop - part.start]) for part in self.passes()]

@@ -139,20 +139,22 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         chooses = rows.any_sparse and not is_dense
         page_size, scale, soft_cap = self.quest.page_size, self.scale, self.soft_cap
         if chooses and rows.in_clusters and self.chooses_itself:
-            ops.cluster_decode(
-                query,
-                kv_cache,
-                rows.block_table,
-                rows.seq_lens,
-                budgets,
-                page_size,
-                scale,
-                soft_cap,
-                output,
-                rows.workspace,
-                rows.counters,
-                follows_write_kv=self.has_own_cache,
-            )
+            for part, scores in rows.cluster_passes():
+                ops.cluster_decode(
+                    query[part],
+                    kv_cache,
+                    rows.block_table[part],
+                    rows.seq_lens[part],
+                    budgets[part],
+                    page_size,
+                    scale,
+                    soft_cap,
+                    output[part],
+                    rows.workspace,
+                    rows.counters,
+                    scores,
+                    follows_write_kv=self.has_own_cache and part.start == 0,
+                )
             return
         for part in rows.passes():
             queries, seq_lens = query[part], rows.seq_lens[part]

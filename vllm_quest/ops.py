@@ -37,6 +37,9 @@ UNLIMITED_PAGES = torch.iinfo(torch.int32).max
 UNSETTLED_PAGES = UNLIMITED_PAGES - 1
 """The same, for rows that may read pages that another request writes in this step."""
 
+FAR_PAGES = 32
+"""How many times `max_cluster_pages` a row may have in `cluster_decode` with scores."""
+
 GROWING_PAGES = 16
 """Pages at a row's end that its request may write in a step, see `cluster_decode`."""
 
@@ -173,13 +176,15 @@ def cluster_decode(
     out: Tensor,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
+    scores: Tensor | None = None,
     *,
     follows_write_kv: bool = False,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
-    Arguments are those of `sparse_decode`. Chooses what `select` chooses. The block table must
-    hold no more than `max_cluster_pages` pages a row.
+    Arguments are those of `sparse_decode`, and for block tables of more than `max_cluster_pages`
+    pages a row `scores`: `[num_rows, num_kv_heads, >= max_pages]` fp32 scratch, whose rows begin at
+    multiples of 16 bytes. Chooses what `select` chooses.
 
     With `follows_write_kv`, nothing was launched since `write_kv` of the same layer, and the query
     was there before that. Then most of the work is done beside `write_kv`. It holds for rows
@@ -187,8 +192,8 @@ def cluster_decode(
     UNSETTLED_PAGES.
 
     Raises:
-        RuntimeError: the GPU has no clusters, or the table is too wide, besides what all operators
-            refuse.
+        RuntimeError: the GPU has no clusters, the table is wider than that and there are no scores,
+            or it has more than FAR_PAGES times as many pages; besides what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -202,6 +207,7 @@ def cluster_decode(
         out,
         workspace,
         counters,
+        scores,
         follows_write_kv,
     )
 

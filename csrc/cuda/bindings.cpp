@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -25,12 +26,12 @@ char* row_of(const Tensor& tensor, int64_t row, int64_t element_bytes = kElement
   return static_cast<char*>(tensor.data_ptr()) + row * tensor.stride(0) * element_bytes;
 }
 
-void check_aligned(const char* op, const Arg& arg) {
+void check_aligned(const char* op, const Arg& arg, int64_t element_bytes = kElementBytes) {
   const auto address = reinterpret_cast<uintptr_t>(arg.tensor.data_ptr());
   bool aligned = address % kBytesAtOnce == 0;
   for (int64_t dim = 0; dim + 1 < arg.tensor.dim(); ++dim) {
     aligned = aligned && (arg.tensor.size(dim) <= 1 ||
-                          arg.tensor.stride(dim) * kElementBytes % kBytesAtOnce == 0);
+                          arg.tensor.stride(dim) * element_bytes % kBytesAtOnce == 0);
   }
   QUEST_CHECK(aligned, op, "layout", arg.name, "'s rows must begin at multiples of ", kBytesAtOnce,
               " bytes, got address ", address, " and strides ", join(arg.tensor.strides()));
@@ -101,6 +102,10 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   check_cache(op, kv_cache, sizes);
   check_aligned(op, {"key", key});
   check_aligned(op, {"value", value});
+  constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
+  QUEST_CHECK(sizes.num_blocks * sizes.block_tokens <= kMaxTokens, op, "shape",
+              "kv_cache may have ", kMaxTokens, " tokens on a GPU, got ", sizes.num_blocks,
+              " blocks of ", sizes.block_tokens);
   const ScoreKind kind = check_score_kind(score);
   if (sizes.num_slots == 0) return;
   const DeviceGuard guard(kv_cache.get_device_index());
@@ -251,7 +256,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
                        double scale, double soft_cap, const Tensor& out,
                        const std::optional<Tensor>& workspace,
-                       const std::optional<Tensor>& counters, bool follows_write_kv) {
+                       const std::optional<Tensor>& counters, const std::optional<Tensor>& scores,
+                       bool follows_write_kv) {
   const char* op = "cluster_decode";
   Sizes sizes;
   SparseDecodeParams params =
@@ -261,15 +267,28 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
   const int max_pages = max_cluster_pages(params.cache, params.group_size);
   QUEST_CHECK(max_pages > 0, op, "device",
               "this GPU has no clusters of CTAs: use score, select, sparse_decode");
-  QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "block_table may hold ", max_pages,
-              " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
+  const bool are_wide = sizes.max_pages > max_pages;
+  QUEST_CHECK(!are_wide || scores.has_value(), op, "values", "block_table may hold ", max_pages,
+              " pages a row without scores, got ", sizes.max_pages);
+  QUEST_CHECK(sizes.max_pages <= kFarPages * max_pages, op, "shape", "block_table may hold ",
+              kFarPages * max_pages, " pages a row, got ", sizes.max_pages,
+              ": use score, select, sparse_decode");
+  if (are_wide) {
+    check_scores(op, Device::kCuda, kv_cache, *scores, sizes);
+    check_aligned(op, {"scores", *scores}, sizeof(float));
+  }
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
     params.query = row_of(query, row);
     params.out = row_of(out, row);
+    FarKeys far_keys = {};
+    if (are_wide) {
+      far_keys = {reinterpret_cast<uint32_t*>(row_of(*scores, row, sizeof(float))),
+                  scores->stride(0), scores->stride(1)};
+    }
     check_launch(
         op, cluster_decode({.decode = params, .follows_write_kv = follows_write_kv && row == 0},
-                           current_stream(kv_cache)));
+                           far_keys, current_stream(kv_cache)));
   });
 }
 
@@ -288,7 +307,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
   library.def(
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budgets, int page_size, float scale, float soft_cap, Tensor(a!) out, "
-      "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, bool follows_write_kv=False) -> ()");
+      "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? scores=None, "
+      "bool follows_write_kv=False) -> ()");
   library.def("max_cluster_pages(int group_size, int head_size) -> int");
   library.def("cuda_archs() -> str");
 }

@@ -40,6 +40,15 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+// Wait for all threads of the cluster. What they wrote before, in device memory as well, is seen by
+// all after it.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 // Where another CTA of the cluster has what this one has at `shared`.
 __device__ __forceinline__ uint32_t address_in(const void* shared, int rank) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

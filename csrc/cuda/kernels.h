@@ -16,8 +16,10 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
-// Instead of score, select and sparse_decode, for tables of up to max_cluster_pages() a row.
-cudaError_t cluster_decode(const ClusterDecodeParams&, cudaStream_t stream);
+// Instead of score, select and sparse_decode. Tables of more than max_cluster_pages() a row need
+// far keys, and may have kFarPages times as many.
+constexpr int kFarPages = 32;
+cudaError_t cluster_decode(const ClusterDecodeParams&, const FarKeys&, cudaStream_t stream);
 
 // Pages of a row whose scores fit cluster_decode's shared memory on the current device, for a
 // cache's element type and head size; 0 where there are no clusters of CTAs (before sm_90).

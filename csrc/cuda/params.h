@@ -89,4 +89,10 @@ struct ClusterDecodeParams {
   bool follows_write_kv;      // in the stream; all else that is read was there before that
 };
 
+// Scratch of cluster_decode for rows of more pages than max_cluster_pages().
+struct FarKeys {
+  uint32_t* data;  // [num_rows, num_kv_heads, max_pages]; null where no row can be so long
+  int64_t row_stride, head_stride;
+};
+
 }  // namespace quest::cuda

@@ -95,8 +95,8 @@ struct SelectionMemory {
 
 // What all threads of a CTA do together. `keys(page)` is asked for the keys of four pages from
 // `page` on, a uint4, several times for each page up to the end of the last group, where it may
-// return anything.
-template <int kThreads, typename Keys>
+// return anything. Where it takes long to answer, a warp asks for `kAtOnce` groups' keys at once.
+template <int kThreads, typename Keys, int kAtOnce = 1>
 class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
@@ -243,10 +243,24 @@ class Selection {
   // Call f(page, keys) for four neighbouring pages from `page` on at a time, by each lane.
   template <typename F>
   __device__ void for_each_group(F f) const {
+    const auto first_of = [&](int group) { return group * kGroupKeys + lane_ * kLaneKeys; };
+    const int num_groups = key_groups(num_pages_);
+    if constexpr (kAtOnce == 1) {
 #pragma unroll 2
-    for (int group = warp_; group < key_groups(num_pages_); group += kWarps) {
-      const int first = group * kGroupKeys + lane_ * kLaneKeys;
-      f(first, keys_(first));
+      for (int group = warp_; group < num_groups; group += kWarps) {
+        f(first_of(group), keys_(first_of(group)));
+      }
+    } else {
+#pragma unroll 1
+      for (int group = warp_; group < num_groups; group += kAtOnce * kWarps) {
+        uint4 keys[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) keys[k] = keys_(first_of(group + k * kWarps));
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          if (group + k * kWarps < num_groups) f(first_of(group + k * kWarps), keys[k]);
+        }
+      }
     }
   }
 
@@ -272,13 +286,13 @@ class Selection {
   // Mark the best `count` of the undecided pages: a warp compares them, a lane each.
   __device__ void mark_best(int count) {
     if (warp_ != 0) return;
-    constexpr int kAtOnce = 8;
+    constexpr int kCompared = 8;
     const uint64_t mine = shared_.undecided[lane_];
     int rank = 0;
 #pragma unroll 1
-    for (int first = 0; first < shared_.num_undecided; first += kAtOnce) {
+    for (int first = 0; first < shared_.num_undecided; first += kCompared) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) rank += shared_.undecided[first + i] > mine;
+      for (int i = 0; i < kCompared; ++i) rank += shared_.undecided[first + i] > mine;
     }
     if (mine == 0 || rank >= count) return;
     const int page = page_of(mine);

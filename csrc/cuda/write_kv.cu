@@ -8,7 +8,7 @@
 // The other scores' bounds (score_kind.h) need the page's keys once or twice more, from L2.
 //
 // Bytes: 4 * head_size read and written per token and KV head; for a page not begun here also the
-// keys before, and its bounds. Prefill copies at memory speed; decode waits for memory twice.
+// keys before, and its bounds. Decode waits for memory twice: for slots, and for keys and values.
 #include "device.cuh"
 #include "divisor.cuh"
 #include "launch.cuh"
@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kNewInFlight = 8;  // rows that a lane loads before it stores the first
-constexpr int kStoredInFlight = 16;
-constexpr int kMaxWindow = 16;    // slots
-constexpr int kWarpsAtOnce = 16;  // of a multiprocessor
+constexpr int kNewInFlight = 8;  // rows of the batch that a lane loads before it stores the first
+constexpr int kStoredInFlight = 16;  // rows of the cache that it loads at once
+constexpr int kResident = 2;         // CTAs of a multiprocessor: their threads have 128 registers
+constexpr int kMaxWindow = 16;       // slots
 
 // How slots are dealt to warps, and what they divide by.
 struct Deal {
@@ -237,7 +237,7 @@ class RunWriter {
 };
 
 template <typename T, ScoreKind kScore>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResident)
     write_kv_kernel(const __grid_constant__ WriteKvParams p, const __grid_constant__ Deal deal) {
   // grid: warps for [windows of slots, heads]
   const int lane = threadIdx.x % kWarpSize;
@@ -279,9 +279,9 @@ Kernel kernel_for(ScoreKind score) {
 }  // namespace
 
 cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
-  // Windows are as short as leaves all warps running at once: in decode a slot each.
+  // Windows are as short as lets all warps run at once: in decode a slot each.
   const int heads = params.cache.num_kv_heads;
-  const int warps_at_once = num_multiprocessors() * kWarpsAtOnce;
+  const int warps_at_once = num_multiprocessors() * kResident * kWarps;
   int window = 1;
   while (window < kMaxWindow && div_up(params.num_slots, window) * heads > warps_at_once) {
     window *= 2;

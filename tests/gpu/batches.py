@@ -105,6 +105,9 @@ class Batch:
         return self.out
 
     def cluster_decode(self, *, follows_write_kv: bool = False) -> Tensor:
+        shape, device = self.shape, self.query.device
+        max_pages = ops.max_cluster_pages(shape.group_size, shape.head_size, device)
+        is_wide = self.block_table.shape[1] * shape.pages_per_block > max_pages
         ops.cluster_decode(
             self.query,
             self.kv_cache,
@@ -116,6 +119,8 @@ class Batch:
             self.soft_cap,
             self.out,
             self.workspace,
+            None,
+            self.scores if is_wide else None,
             follows_write_kv=follows_write_kv,
         )
         return self.out

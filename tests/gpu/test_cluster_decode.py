@@ -95,12 +95,55 @@ def test_a_row_as_long_as_shared_memory_has_room_for() -> None:
     assert decodes_alike(make_batch(shape, [tokens - 3], 128, DEVICE, max_tokens=tokens))
 
 
-def test_tables_wider_than_shared_memory_are_refused() -> None:
+def wide_table(shape: Shape) -> int:
+    """Tokens of more pages than shared memory has room for."""
+    pages = ops.max_cluster_pages(shape.group_size, shape.head_size, DEVICE)
+    return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
+
+
+@pytest.mark.parametrize("page_size", [8, 16])
+@pytest.mark.parametrize("budget", [1, 2, 40, 20_000, ops.UNLIMITED_PAGES])
+def test_rows_with_keys_in_device_memory(budget: int, page_size: int) -> None:
+    shape = Shape(num_kv_heads=1, page_size=page_size)
+    tokens = wide_table(shape)
+    lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
+    batch = make_batch(shape, lengths, budget, DEVICE, max_tokens=tokens)
+    batch.query[4] = 0  # equal scores
+    assert decodes_alike(batch)
+
+
+def test_many_rows_with_keys_in_device_memory() -> None:
+    shape = Shape(num_kv_heads=1, page_size=8)
+    tokens = wide_table(shape)
+    lengths = [1 + 211 * row % 4000 for row in range(148)] + [tokens, tokens - 1]
+    assert decodes_alike(make_batch(shape, lengths, 40, DEVICE, max_tokens=tokens))
+
+
+@pytest.mark.parametrize("shape", [Shape(64, 2, 7), Shape(96, 1, 16), Shape(256, 2, 1)], ids=str)
+def test_keys_in_device_memory_of_other_shapes(shape: Shape) -> None:
+    tokens = wide_table(shape)
+    assert decodes_alike(make_batch(shape, [tokens - 5, 70], 9, DEVICE, max_tokens=tokens))
+
+
+@pytest.mark.large
+def test_a_row_of_a_million_tokens() -> None:
+    shape = Shape(num_kv_heads=8, pages_per_block=8)
+    tokens = 1 << 20
+    assert decodes_alike(make_batch(shape, [tokens - 3], 128, DEVICE, max_tokens=tokens))
+
+
+def test_wide_tables_need_scores() -> None:
     pages = ops.max_cluster_pages(4, 128, DEVICE)
-    assert pages >= (1 << 17) // 16
-    batch = make_batch(Shape(), [20], 4, DEVICE, max_tokens=16 * pages + 16)
-    with pytest.raises(RuntimeError, match=f"block_table may hold {pages} pages a row"):
-        batch.cluster_decode()
+    assert pages >= (1 << 18) // 16
+    batch = make_batch(Shape(), [20], 4, DEVICE, max_tokens=16 * pages + 64)
+    arguments = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.budgets)
+    arguments += (batch.shape.page_size, batch.scale, 0.0, batch.out, batch.workspace, None)
+    with pytest.raises(RuntimeError, match=f"block_table may hold {pages} pages a row without"):
+        ops.cluster_decode(*arguments)
+    with pytest.raises(RuntimeError, match="scores must have room for"):
+        ops.cluster_decode(*arguments, batch.scores[..., :-1])
+    with pytest.raises(RuntimeError, match="scores's rows must begin at multiples of 16 bytes"):
+        ops.cluster_decode(*arguments, torch.zeros(1, 2, pages + 5, device=DEVICE))
 
 
 @pytest.mark.parametrize("pages_per_block", [2, 3, 4, 8])

@@ -15,6 +15,8 @@ from engines import (
     write_model,
     write_weights,
 )
+from vllm_quest import ops
+from vllm_quest.impl import QuestImpl
 from vllm_quest.pass_keys import make_haystack
 
 pytestmark = [
@@ -77,6 +79,24 @@ def test_graphs_change_no_token(model, runner, mode):
     with_graphs = {"enforce_eager": False, "compilation_config": compilation}
     without = with_graphs | {"compilation_config": compilation | {"cudagraph_mode": "NONE"}}
     assert agree(run(model, SPARSE, **without), run(model, SPARSE, **with_graphs))
+
+
+def test_a_context_longer_than_shared_memory_has_room_for(tmp_path):
+    """One launch, with keys in device memory, answers as three do, and as graphs of it do."""
+    model = write_weights(write_model(tmp_path, max_position_embeddings=320_000))
+    quest = SPARSE | {"page_size": 8}
+    prompts = random_prompts([300_000, 700, 33])
+    assert ops.max_cluster_pages(2, 64, torch.device("cuda")) < 300_000 // 8
+
+    def run(**options):
+        with engine(model, quest=quest, kv_cache_memory_bytes=4 << 30, **options) as llm:
+            return answers(llm, prompts, greedy(16))
+
+    with QuestImpl.choosing(QuestImpl.choose_pages):
+        three_launches = run()
+    assert agree(three_launches, run())
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    assert agree(three_launches, run(**graphs))
 
 
 @pytest.mark.parametrize("draft_backend", ["QUEST", DENSE])

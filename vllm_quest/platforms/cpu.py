@@ -95,7 +95,6 @@ class BatchPlanner:
             budgets=torch.from_numpy(budgets),
             unlimited=torch.full((num_rows,), UNLIMITED_PAGES, dtype=torch.int32),
             any_sparse=bool(is_sparse.any()),
-            in_clusters=False,
             scores=torch.empty(num_rows, num_kv_heads, max_pages),
             pages=torch.empty(num_rows, num_kv_heads, max_selected, dtype=torch.int32),
             workspace=None,

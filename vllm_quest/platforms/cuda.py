@@ -59,6 +59,7 @@ class BatchPlanner:
         quest = QuestConfig.from_vllm(vllm_config)
         self.max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
         pages = self.max_blocks * spec.block_size // quest.page_size
+        pages = -(-pages // 4) * 4  # fp32, so that each row begins at a multiple of 16 bytes
         rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
         rows_per_pass = max(1, min(rows_per_pass, num_rows))
         scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
@@ -69,10 +70,12 @@ class BatchPlanner:
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
         group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
+        max_cluster_pages = ops.max_cluster_pages(group_size, spec.head_size, device)
         self.in_clusters = (
-            pages <= ops.max_cluster_pages(group_size, spec.head_size, device)
+            pages <= ops.FAR_PAGES * max_cluster_pages
             and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
         )
+        self.clusters_need_scores = pages > max_cluster_pages
         if tokens_per_decode > 1:
             self.row_seq_lens = torch.zeros_like(self.budgets)
             table_shape = (num_rows, self.max_blocks)
@@ -102,6 +105,7 @@ class BatchPlanner:
             unlimited=self.unlimited[:num_rows],
             any_sparse=True,
             in_clusters=self.in_clusters,
+            clusters_need_scores=self.clusters_need_scores,
             scores=self.scores,
             pages=self.pages,
             workspace=self.workspace,
