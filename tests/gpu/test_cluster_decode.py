@@ -82,7 +82,7 @@ def test_one_long_row() -> None:
 def test_many_rows_with_wide_tables() -> None:
     """Scores for which half of a multiprocessor's shared memory has no room: a CTA has all."""
     pages = ops.max_cluster_pages(4, 128, DEVICE)
-    lengths = [150_000] + [1 + 211 * row % 4000 for row in range(149)]
+    lengths = [20_000] + [1 + 211 * row % 4000 for row in range(149)]
     shape = Shape(num_kv_heads=1, pages_per_block=8)
     assert decodes_alike(make_batch(shape, lengths, 40, DEVICE, max_tokens=pages // 8 * 128))
 
@@ -101,17 +101,27 @@ def wide_table(shape: Shape) -> int:
     return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
 
 
-@pytest.mark.parametrize("page_size", [8, 16])
-@pytest.mark.parametrize("budget", [1, 2, 40, 20_000, ops.UNLIMITED_PAGES])
-def test_rows_with_keys_in_device_memory(budget: int, page_size: int) -> None:
+def decodes_far_keys_alike(budget: int, page_size: int) -> bool:
     shape = Shape(num_kv_heads=1, page_size=page_size)
     tokens = wide_table(shape)
     lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
     batch = make_batch(shape, lengths, budget, DEVICE, max_tokens=tokens)
     batch.query[4] = 0  # equal scores
-    assert decodes_alike(batch)
+    return decodes_alike(batch)
 
 
+def test_rows_with_keys_in_device_memory() -> None:
+    assert decodes_far_keys_alike(40, page_size=8)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("page_size", [8, 16])
+@pytest.mark.parametrize("budget", [1, 2, 40, 20_000, ops.UNLIMITED_PAGES])
+def test_keys_in_device_memory_under_every_budget(budget: int, page_size: int) -> None:
+    assert decodes_far_keys_alike(budget, page_size)
+
+
+@pytest.mark.large
 def test_many_rows_with_keys_in_device_memory() -> None:
     shape = Shape(num_kv_heads=1, page_size=8)
     tokens = wide_table(shape)
@@ -119,6 +129,7 @@ def test_many_rows_with_keys_in_device_memory() -> None:
     assert decodes_alike(make_batch(shape, lengths, 40, DEVICE, max_tokens=tokens))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("shape", [Shape(64, 2, 7), Shape(96, 1, 16), Shape(256, 2, 1)], ids=str)
 def test_keys_in_device_memory_of_other_shapes(shape: Shape) -> None:
     tokens = wide_table(shape)
