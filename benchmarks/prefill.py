@@ -24,7 +24,7 @@ from kernels import Case, Layer, in_k, is_close, layers_for, parse_tokens
 from report import print_machine, print_table, write_json
 from vllm_quest import ops
 
-CASES = "1x512 1x2K 4x2K 1x8K 1x8K@32K 1x8K@128K 1x2K/32/32 1x8K/32/32"
+CASES = "1x128 1x512 1x2K 4x2K 1x8K 1x8K@32K 1x8K@128K 1x2K/32/32 1x8K/32/32"
 DENSE_BLOCK_TOKENS = 16  # FLASH_ATTN's
 
 
