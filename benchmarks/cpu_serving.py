@@ -10,7 +10,6 @@ prefill seconds and ms per output token, and QUEST's speed as a multiple of CPU_
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -134,8 +133,7 @@ def main() -> None:
                 }
             )
     print_table(rows)
-    if arguments.json:
-        write_json(arguments.json, " ".join(["python", *sys.argv]), rows)
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -173,8 +172,7 @@ def main() -> None:
             }
         )
     print_table(rows)
-    if arguments.json:
-        write_json(arguments.json, " ".join(["python", *sys.argv]), rows)
+    write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ keys and values, too, beside which QUEST's attention begins.
 import argparse
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ import torch
 
 from dense_peers import PEERS, DenseLayers, available_peers, write_and_attend
 from gpu_timing import COLD_BYTES, DEVICE, copy_bytes_per_us, free_memory, time_us
-from report import print_machine, print_table, ratio, write_json
+from report import print_as_measured, print_machine, ratio, write_json
 from vllm_quest import ops
 
 REFERENCE_CASES = (
@@ -149,9 +148,7 @@ class DecodeStep:
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
-        max_cluster_pages = ops.max_cluster_pages(group_size, case.head_size, DEVICE)
-        self.uses_clusters = max_cluster_pages > 0
-        self.cluster_scores = self.scores if case.table_pages > max_cluster_pages else None
+        self.uses_clusters = ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
@@ -204,7 +201,7 @@ class DecodeStep:
             self.out,
             self.workspace,
             None,
-            self.cluster_scores,
+            self.scores,
             follows_write_kv=follows_write_kv,
         )
 
@@ -387,15 +384,12 @@ def main() -> None:
     free_memory()
     print(f"copy: {copy / 1000:.0f} GB/s")
     peers = None if args.no_dense else available_peers()
-    rows = []
-    for text in args.cases:
-        for budget, captured in itertools.product(args.budgets, args.captured_for):
-            rows.append(run(parse_case(text, args, budget, captured), copy, peers))
-            print_table(rows[-1:])
-    print()
-    print_table(rows)
-    if args.json:
-        write_json(args.json, " ".join(["python", *sys.argv]), rows)
+    cases = itertools.product(args.cases, args.budgets, args.captured_for)
+    rows = print_as_measured(
+        run(parse_case(text, args, budget, captured), copy, peers)
+        for text, budget, captured in cases
+    )
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ queries, keys and values are views of one product, as in a model.
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from gpu_timing import DEVICE, free_memory, time_us
 from kernels import Case, Layer, in_k, is_close, layers_for, parse_tokens
-from report import print_machine, print_table, write_json
+from report import print_as_measured, print_machine, write_json
 from vllm_quest import ops
 
 CASES = "1x128 1x512 1x2K 4x2K 1x8K 1x8K@32K 1x8K@128K 1x2K/32/32 1x8K/32/32"
@@ -247,14 +246,8 @@ def main() -> None:
         raise SystemExit("benchmarks/prefill.py needs a GPU")
     torch.manual_seed(0)
     print_machine()
-    rows = []
-    for chunk in args.cases:
-        rows.append(run(chunk))
-        print_table(rows[-1:])
-    print()
-    print_table(rows)
-    if args.json:
-        write_json(args.json, " ".join(["python", *sys.argv]), rows)
+    rows = print_as_measured(map(run, args.cases))
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def print_as_measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print each row as soon as it is there, then all of them as one table."""
+    measured = []
+    for row in rows:
+        measured.append(row)
+        print_table([row])
+    print()
+    print_table(measured)
+    return measured
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}" if value < 10 else f"{value:.1f}"
@@ -46,7 +58,10 @@ def ratio(x: float | None, y: float | None) -> float | None:
     return None if x is None or y is None else x / y
 
 
-def write_json(path: Path, command: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep a result with the machine and the command that it came from."""
+def write_json(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep a result with the machine and the command that it came from, if it is to be kept."""
+    if path is None:
+        return
+    command = " ".join(["python", *sys.argv])
     result = {"command": command, "machine": machine(), "rows": list(rows)}
     path.write_text(json.dumps(result, indent=1) + "\n")
