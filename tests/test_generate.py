@@ -25,6 +25,7 @@ from engines import (
 )
 
 COVERING = {"token_budget": -1}
+SPARSE = {"token_budget": 128, "dense_layers": 0}
 TINY_CACHE = {"num_gpu_blocks_override": 24, "max_model_len": 1024}
 """3072 tokens, in the blocks of 128 that QUEST has by default."""
 EDGE_LENGTHS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 300, 700]
@@ -132,7 +133,18 @@ def prompts_that_share() -> list[dict]:
     return prompts
 
 
-SPARSE = {"token_budget": 128, "dense_layers": 0}
+def same_with_cached_prefixes(model, ask, **options) -> bool:
+    """Whether `ask(llm, prompts)` answers alike without and with prefix caching."""
+    prompts = prompts_that_share()
+    runs = []
+    for caching in (False, True):
+        with engine(model, enable_prefix_caching=caching, **options) as llm:
+            token_ids(llm, prompts[-1:], greedy(1))
+            runs.append(ask(llm, prompts))
+            assert (counter(llm, "vllm:prefix_cache_hits") > 0) == caching
+    return agree(*runs)
+
+
 IN_FP32 = pytest.mark.skipif(
     ON_GPU, reason="bf16 rounds other prefills differently, and other pages become the best"
 )
@@ -140,27 +152,20 @@ IN_FP32 = pytest.mark.skipif(
 
 @pytest.mark.parametrize("quest", [COVERING, pytest.param(SPARSE, marks=IN_FP32)])
 def test_prefix_caching_changes_no_token(model, quest):
-    prompts = prompts_that_share()
-    runs = []
-    for caching in (False, True):
-        with engine(model, quest=quest, enable_prefix_caching=caching) as llm:
-            token_ids(llm, prompts[-1:], greedy(1))
-            runs.append(answers(llm, prompts, greedy(20)))
-            assert (counter(llm, "vllm:prefix_cache_hits") > 0) == caching
-    assert agree(*runs)
+    def ask(llm, prompts):
+        return answers(llm, prompts, greedy(20))
+
+    assert same_with_cached_prefixes(model, ask, quest=quest)
 
 
 def test_cached_prefixes_are_what_prefill_leaves(model):
     """One prompt after another, each prefilled in the same parts with and without the cache."""
-    prompts = prompts_that_share()
-    options = {"quest": SPARSE, "max_num_batched_tokens": len(SHARED)}
-    runs = []
-    for caching in (False, True):
-        with engine(model, enable_prefix_caching=caching, **options) as llm:
-            token_ids(llm, prompts[-1:], greedy(1))
-            runs.append([answers(llm, [prompt], greedy(20))[0] for prompt in prompts])
-            assert (counter(llm, "vllm:prefix_cache_hits") > 0) == caching
-    assert agree(*runs)
+
+    def ask(llm, prompts):
+        return [answers(llm, [prompt], greedy(20))[0] for prompt in prompts]
+
+    cut_alike = {"max_num_batched_tokens": len(SHARED)}
+    assert same_with_cached_prefixes(model, ask, quest=SPARSE, **cut_alike)
 
 
 def test_one_token_ends_of_prompts_are_prefill(model):
@@ -179,6 +184,5 @@ def test_tensor_parallel_workers_give_the_same_tokens(model, monkeypatch):
     first, *_, last = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
     prompts = random_prompts([300, 700])
-    sparse = {"token_budget": 128, "dense_layers": 0}
-    alone = generate(model, prompts, greedy(16), quest=sparse)
-    assert agree(alone, generate(model, prompts, greedy(16), quest=sparse, tensor_parallel_size=2))
+    alone = generate(model, prompts, greedy(16), quest=SPARSE)
+    assert agree(alone, generate(model, prompts, greedy(16), quest=SPARSE, tensor_parallel_size=2))
