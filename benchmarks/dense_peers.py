@@ -8,6 +8,7 @@ FlashAttention 2, planned by a wrapper. Both are compiled at first use, in a min
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from gpu_timing import DEVICE
 
@@ -53,31 +54,66 @@ class DenseLayers:
         return len(self.keys_values)
 
 
+class PagedFlashAttention3:
+    """FlashAttention 3 for one shape of batch: `vllm/v1/attention/backends/flash_attn.py`.
+
+    Every request attends with its last `query_tokens` to `case.context_tokens`, which lie in
+    blocks of `block_tokens`. A context is split in `num_splits` at most; 0, as outside CUDA graphs,
+    leaves that to the kernel.
+    """
+
+    def __init__(
+        self, case: "Case", block_tokens: int, query_tokens: int = 1, num_splits: int = 0
+    ) -> None:
+        from vllm.vllm_flash_attn import get_scheduler_metadata
+
+        starts = torch.arange(case.rows + 1, dtype=torch.int32, device=DEVICE)
+        seq_lens = torch.full_like(starts[1:], case.context_tokens)
+        shape = {
+            "cu_seqlens_q": query_tokens * starts,
+            "max_seqlen_q": query_tokens,
+            "max_seqlen_k": case.context_tokens,
+            "causal": True,
+            "num_splits": num_splits,
+        }
+        schedule = get_scheduler_metadata(
+            batch_size=case.rows,
+            num_heads_q=case.heads,
+            num_heads_kv=case.kv_heads,
+            headdim=case.head_size,
+            cache_seqlens=seq_lens,
+            qkv_dtype=case.dtype,
+            page_size=block_tokens,
+            **shape,
+        )
+        self.arguments = shape | {
+            "seqused_k": seq_lens,
+            "softmax_scale": case.head_size**-0.5,
+            "scheduler_metadata": schedule,
+            "fa_version": 3,
+        }
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, out: Tensor
+    ) -> None:
+        """query, out: `[rows * query_tokens, heads, head_size]`; keys, values: `[num_blocks,
+        block_tokens, kv_heads, head_size]`.
+        """
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        tensors = {"q": query, "k": keys, "v": values, "block_table": block_table, "out": out}
+        flash_attn_varlen_func(**tensors, **self.arguments)
+
+
 class FlashAttention3:
-    """`vllm/v1/attention/backends/flash_attn.py`."""
+    """FLASH_ATTN's decode."""
 
     MAX_SPLITS = 32  # attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     def __init__(self, layers: DenseLayers) -> None:
-        from vllm.vllm_flash_attn import get_scheduler_metadata
-
         self.layers = layers
         case = layers.case
-        self.query_start = torch.arange(case.rows + 1, dtype=torch.int32, device=DEVICE)
-        self.scheduler_metadata = get_scheduler_metadata(
-            batch_size=case.rows,
-            max_seqlen_q=1,
-            max_seqlen_k=case.context_tokens,
-            num_heads_q=case.heads,
-            num_heads_kv=case.kv_heads,
-            headdim=case.head_size,
-            cache_seqlens=layers.seq_lens,
-            qkv_dtype=case.dtype,
-            cu_seqlens_q=self.query_start,
-            page_size=case.page_size,
-            causal=True,
-            num_splits=self.MAX_SPLITS,
-        )
+        self.kernel = PagedFlashAttention3(case, case.page_size, num_splits=self.MAX_SPLITS)
 
     @staticmethod
     def missing() -> str | None:
@@ -89,26 +125,8 @@ class FlashAttention3:
         return None if is_fa_version_supported(3) else fa_version_unsupported_reason(3)
 
     def attend(self, i: int) -> None:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        layers, case = self.layers, self.layers.case
-        keys, values = layers.keys_values[i]
-        flash_attn_varlen_func(
-            q=layers.query,
-            k=keys,
-            v=values,
-            out=layers.out,
-            cu_seqlens_q=self.query_start,
-            max_seqlen_q=1,
-            seqused_k=layers.seq_lens,
-            max_seqlen_k=case.context_tokens,
-            softmax_scale=case.head_size**-0.5,
-            causal=True,
-            block_table=layers.block_tables[i],
-            scheduler_metadata=self.scheduler_metadata,
-            fa_version=3,
-            num_splits=self.MAX_SPLITS,
-        )
+        layers = self.layers
+        self.kernel.attend(layers.query, *layers.keys_values[i], layers.block_tables[i], layers.out)
 
 
 def workspace() -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dense_peers import PagedFlashAttention3
 from gpu_timing import DEVICE, free_memory, time_us
 from kernels import Case, Layer, in_k, is_close, layers_for, parse_tokens
 from report import print_as_measured, print_machine, write_json
@@ -57,10 +58,7 @@ class Chunk:
 
 
 class Prefill:
-    """One chunk's queries, keys and values, and the attention of FLASH_ATTN to them.
-
-    `vllm/v1/attention/backends/flash_attn.py`, outside CUDA graphs.
-    """
+    """One chunk's queries, keys and values, and what FLASH_ATTN's attention to them comes to."""
 
     def __init__(self, chunk: Chunk) -> None:
         case = chunk.cache
@@ -70,49 +68,9 @@ class Prefill:
         self.query, self.key, self.value = qkv.split(heads, dim=1)
         self.out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         self.one = torch.ones((), device=DEVICE)
-        self.query_start = chunk.chunk_tokens * torch.arange(
-            case.rows + 1, dtype=torch.int32, device=DEVICE
-        )
-        self.seq_lens = torch.full_like(self.query_start[1:], case.context_tokens)
 
-    def schedule(self, block_tokens: int) -> Tensor:
-        from vllm.vllm_flash_attn import get_scheduler_metadata
-
-        case = self.chunk.cache
-        return get_scheduler_metadata(
-            batch_size=case.rows,
-            max_seqlen_q=self.chunk.chunk_tokens,
-            max_seqlen_k=case.context_tokens,
-            num_heads_q=case.heads,
-            num_heads_kv=case.kv_heads,
-            headdim=case.head_size,
-            cache_seqlens=self.seq_lens,
-            qkv_dtype=case.dtype,
-            cu_seqlens_q=self.query_start,
-            page_size=block_tokens,
-            causal=True,
-        )
-
-    def attend(self, keys: Tensor, values: Tensor, block_table: Tensor, schedule: Tensor) -> None:
-        """keys, values: `[num_blocks, block_tokens, kv_heads, head_size]`."""
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-        case = self.chunk.cache
-        flash_attn_varlen_func(
-            q=self.query,
-            k=keys,
-            v=values,
-            out=self.out,
-            cu_seqlens_q=self.query_start,
-            max_seqlen_q=self.chunk.chunk_tokens,
-            seqused_k=self.seq_lens,
-            max_seqlen_k=case.context_tokens,
-            softmax_scale=case.head_size**-0.5,
-            causal=True,
-            block_table=block_table,
-            scheduler_metadata=schedule,
-            fa_version=3,
-        )
+    def attention(self, block_tokens: int) -> PagedFlashAttention3:
+        return PagedFlashAttention3(self.chunk.cache, block_tokens, self.chunk.chunk_tokens)
 
 
 class DenseLayer:
@@ -127,7 +85,7 @@ class DenseLayer:
         self.keys, self.values = cache.split(case.head_size, dim=-1)
         self.block_table = torch.randperm(blocks, device=DEVICE).int().view(case.rows, -1)
         self.slots = chunk.slots(self.block_table, tokens)
-        self.schedule = prefill.schedule(tokens)
+        self.attention = prefill.attention(tokens)
 
     def write(self) -> None:
         from vllm._custom_ops import reshape_and_cache_flash
@@ -137,7 +95,8 @@ class DenseLayer:
         reshape_and_cache_flash(*arguments, "auto", prefill.one, prefill.one)
 
     def attend(self) -> None:
-        self.prefill.attend(self.keys, self.values, self.block_table, self.schedule)
+        prefill = self.prefill
+        self.attention.attend(prefill.query, self.keys, self.values, self.block_table, prefill.out)
 
 
 class QuestLayer:
@@ -153,14 +112,17 @@ class QuestLayer:
         self.slots = chunk.slots(self.layer.block_table, case.block_tokens)
         tokens = self.layer.kv_cache[:, :, : case.block_tokens].transpose(1, 2)
         self.keys, self.values = tokens.split(case.head_size, dim=-1)
-        self.schedule = prefill.schedule(case.block_tokens)
+        self.attention = prefill.attention(case.block_tokens)
 
     def write(self) -> None:
         prefill, page_size = self.prefill, self.prefill.chunk.cache.page_size
         ops.write_kv(prefill.key, prefill.value, self.layer.kv_cache, self.slots, page_size)
 
     def attend(self) -> None:
-        self.prefill.attend(self.keys, self.values, self.layer.block_table, self.schedule)
+        prefill = self.prefill
+        self.attention.attend(
+            prefill.query, self.keys, self.values, self.layer.block_table, prefill.out
+        )
 
 
 def times_us(

@@ -37,7 +37,7 @@ UNLIMITED_PAGES = torch.iinfo(torch.int32).max
 UNSETTLED_PAGES = UNLIMITED_PAGES - 1
 """The same, for rows that may read pages that another request writes in this step."""
 
-FAR_PAGES = 32
+FAR_FACTOR = 32
 """How many times `max_cluster_pages` a row may have in `cluster_decode` with scores."""
 
 GROWING_PAGES = 16
@@ -193,7 +193,7 @@ def cluster_decode(
 
     Raises:
         RuntimeError: the GPU has no clusters, the table is wider than that and there are no scores,
-            or it has more than FAR_PAGES times as many pages; besides what all operators refuse.
+            or it has more than FAR_FACTOR times as many pages; besides what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,

@@ -270,8 +270,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
   const bool are_wide = sizes.max_pages > max_pages;
   QUEST_CHECK(!are_wide || scores.has_value(), op, "values", "block_table may hold ", max_pages,
               " pages a row without scores, got ", sizes.max_pages);
-  QUEST_CHECK(sizes.max_pages <= kFarPages * max_pages, op, "shape", "block_table may hold ",
-              kFarPages * max_pages, " pages a row, got ", sizes.max_pages,
+  QUEST_CHECK(sizes.max_pages <= kFarFactor * max_pages, op, "shape", "block_table may hold ",
+              kFarFactor * max_pages, " pages a row, got ", sizes.max_pages,
               ": use score, select, sparse_decode");
   if (are_wide) {
     check_scores(op, Device::kCuda, kv_cache, *scores, sizes);

@@ -95,8 +95,8 @@ class ClusterDecode {
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
   static constexpr int kKeysOfMessage = 4;
-  static constexpr int kToldAtOnce = 8;              // CTAs, by a warp
-  static_assert(kFarPages == 8 * sizeof(uint32_t));  // a bit for each in the place of a key
+  static constexpr int kToldAtOnce = 8;               // CTAs, by a warp
+  static_assert(kFarFactor == 8 * sizeof(uint32_t));  // a bit for each in the place of a key
   static constexpr int kFarGroups = 16;  // of keys in device memory, that a warp asks for at once
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.

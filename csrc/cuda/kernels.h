@@ -17,8 +17,8 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
 // Instead of score, select and sparse_decode. Tables of more than max_cluster_pages() a row need
-// far keys, and may have kFarPages times as many.
-constexpr int kFarPages = 32;
+// far keys, and may have kFarFactor times as many.
+constexpr int kFarFactor = 32;
 cudaError_t cluster_decode(const ClusterDecodeParams&, const FarKeys&, cudaStream_t stream);
 
 // Pages of a row whose scores fit cluster_decode's shared memory on the current device, for a

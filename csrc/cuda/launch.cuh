@@ -23,13 +23,13 @@ inline int num_multiprocessors() { return device_attribute(cudaDevAttrMultiProce
 
 // Starts a kernel that may overlap the end of the one before it (see wait_for_previous_kernel).
 template <typename... Params>
-cudaError_t launch(void (*kernel)(Params...), int ctas, int threads, size_t shared_bytes,
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Params&... params) {
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ctas);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -26,8 +26,9 @@ constexpr int kMaxWindow = 16;       // slots
 
 // How slots are dealt to warps, and what they divide by.
 struct Deal {
-  int window;  // slots
-  Divisor heads, page_size, pages_per_block;
+  int window;      // slots of a warp
+  Divisor stride;  // windows from one to that of the CTA's next warp
+  Divisor page_size, pages_per_block;
 };
 
 // The minimum and maximum of 8 columns; NaN wins.
@@ -70,17 +71,29 @@ struct Floats {
   }
 };
 
-// Where a slot's token is in the cache, counted over all blocks; negative for padding.
+// Where a slot's token is in the cache, counted over all blocks; negative for padding, and where
+// there is no such slot.
 __device__ __forceinline__ int token_of(const WriteKvParams& p, int slot) {
-  return static_cast<int>(p.slot_mapping[slot]);
+  return slot >= 0 && slot < p.num_slots ? static_cast<int>(p.slot_mapping[slot]) : -1;
 }
+
+// Adjacent slots, one to a lane.
+struct Slots {
+  int first;  // lane 0's
+  int token;  // this lane's
+
+  __device__ Slots(const WriteKvParams& p, int first)
+      : first(first), token(token_of(p, first + static_cast<int>(threadIdx.x) % kWarpSize)) {}
+};
 
 template <typename T, ScoreKind kScore>
 class RunWriter {
  public:
-  __device__ RunWriter(const WriteKvParams& p, const Deal& deal, int last_slot, int head)
-      : p_(p), lane_(threadIdx.x % kWarpSize), last_slot_(last_slot), head_(head) {
-    const int token = token_of(p, last_slot), page_size = p.cache.page_size;
+  // For the run whose last slot is that of lane `end`.
+  __device__ RunWriter(const WriteKvParams& p, const Deal& deal, const Slots& slots, int end,
+                       int head)
+      : p_(p), head_(head) {
+    const int token = __shfl_sync(kAllLanes, slots.token, end), page_size = p.cache.page_size;
     const int page = deal.page_size.quotient(token);
     begin_ = page * page_size;
     last_ = token - begin_;
@@ -90,25 +103,24 @@ class RunWriter {
         static_cast<T*>(p.cache.data) + block * p.cache.block_stride + head * p.cache.head_stride;
     page_rows_ = rows + page_in_block * page_size * row_size();
     bounds_ = rows + (p.cache.block_tokens + page_in_block) * row_size();
+    find_first(slots, end);
   }
 
   __device__ void run() {
-    const int count = count_slots(), first_slot = last_slot_ - count + 1;
-    const int first = token_of(p_, first_slot) - begin_;
-    const bool skips_tokens = last_ - first + 1 != count;
-    for (int column = Vec::kElements * lane_; column < row_size();
+    const bool skips_tokens = last_ - first_ + 1 != count_;
+    const int lane = threadIdx.x % kWarpSize;
+    for (int column = Vec::kElements * lane; column < row_size();
          column += Vec::kElements * kWarpSize) {
       const bool is_key = column < p_.cache.head_size;
       const New from =
           is_key ? New{static_cast<const T*>(p_.key) + head_ * p_.key_head_stride +
-                           first_slot * p_.key_token_stride + column,
+                           first_slot_ * p_.key_token_stride + column,
                        p_.key_token_stride}
                  : New{static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
-                           first_slot * p_.value_token_stride + column - p_.cache.head_size,
+                           first_slot_ * p_.value_token_stride + column - p_.cache.head_size,
                        p_.value_token_stride};
-      const Extremes<T> extremes = skips_tokens
-                                       ? copy_each(from, first_slot, count, column)
-                                       : copy(from, first, count, is_key, page_rows_ + column);
+      const Extremes<T> extremes =
+          skips_tokens ? copy_each(from, column) : copy(from, is_key, page_rows_ + column);
       if (is_key) store_bounds(extremes, column);
     }
   }
@@ -122,34 +134,42 @@ class RunWriter {
 
   __device__ int row_size() const { return 2 * p_.cache.head_size; }
 
-  // How many slots up to the last lie in its page. The page has no more tokens than that.
-  __device__ int count_slots() const {
-    int count = 0;
+  // How many slots up to the last lie in its page, and where they begin. The page may have more
+  // tokens than there are lanes.
+  __device__ void find_first(Slots slots, int end) {
+    count_ = 0;
     while (true) {
-      const int slot = last_slot_ - count - lane_;
-      const int offset = slot >= 0 ? token_of(p_, slot) - begin_ : -1;
-      const bool in_page = offset >= 0 && offset < p_.cache.page_size;
-      const int found = __ffs(~__ballot_sync(kAllLanes, in_page)) - 1;
-      if (found >= 0) return count + found;
-      count += kWarpSize;
+      const bool in_page =
+          static_cast<unsigned>(slots.token - begin_) < static_cast<unsigned>(p_.cache.page_size);
+      const unsigned up_to_end = __ballot_sync(kAllLanes, in_page) << (kWarpSize - 1 - end);
+      const int found = __clz(~up_to_end);
+      count_ += found;
+      if (found > 0) {
+        const int lane = end - found + 1;
+        first_slot_ = slots.first + lane;
+        first_ = __shfl_sync(kAllLanes, slots.token, lane) - begin_;
+      }
+      if (found <= end) return;
+      slots = Slots(p_, slots.first - kWarpSize);
+      end = kWarpSize - 1;
     }
   }
 
-  // Copy a run of `count` tokens from `first` on to the page's rows; the extremes of its columns,
-  // with those of the keys before.
-  __device__ Extremes<T> copy(const New& from, int first, int count, bool is_key, T* rows) const {
+  // Copy the run, which skips no token, to the page's rows; the extremes of its columns, with those
+  // of the keys before.
+  __device__ Extremes<T> copy(const New& from, bool is_key, T* rows) const {
     Extremes<T> extremes;
-    for (int i = 0; i < count; i += kNewInFlight) {
+    for (int i = 0; i < count_; i += kNewInFlight) {
       Vec added[kNewInFlight];
 #pragma unroll
       for (int k = 0; k < kNewInFlight; ++k) {
-        if (k < count - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
+        if (k < count_ - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
       }
-      if (i == 0 && is_key) read_stored(first, rows, extremes);
+      if (i == 0 && is_key) read_stored(rows, extremes);
 #pragma unroll
       for (int k = 0; k < kNewInFlight; ++k) {
-        if (k < count - i) {
-          store(rows + (first + i + k) * row_size(), added[k]);
+        if (k < count_ - i) {
+          store(rows + (first_ + i + k) * row_size(), added[k]);
           extremes.add(added[k]);
         }
       }
@@ -157,12 +177,13 @@ class RunWriter {
     return extremes;
   }
 
-  __device__ void read_stored(int num_stored, const T* rows, Extremes<T>& extremes) const {
-    for (int i = 0; i < num_stored; i += kStoredInFlight) {
+  // The keys before the run.
+  __device__ void read_stored(const T* rows, Extremes<T>& extremes) const {
+    for (int i = 0; i < first_; i += kStoredInFlight) {
       Vec stored[kStoredInFlight];
 #pragma unroll
       for (int k = 0; k < kStoredInFlight; ++k) {
-        stored[k] = load_once(rows + min(i + k, num_stored - 1) * row_size());
+        stored[k] = load_once(rows + min(i + k, first_ - 1) * row_size());
       }
 #pragma unroll
       for (int k = 0; k < kStoredInFlight; ++k) extremes.add(stored[k]);
@@ -170,9 +191,9 @@ class RunWriter {
   }
 
   // The same for a run that skips tokens of its page, which is rare: one token after the other.
-  __device__ Extremes<T> copy_each(const New& from, int first_slot, int count, int column) const {
-    for (int i = 0; i < count; ++i) {
-      const int offset = token_of(p_, first_slot + i) - begin_;
+  __device__ Extremes<T> copy_each(const New& from, int column) const {
+    for (int i = 0; i < count_; ++i) {
+      const int offset = token_of(p_, first_slot_ + i) - begin_;
       store(page_rows_ + offset * row_size() + column,
             load_once(from.first + i * from.token_stride));
     }
@@ -229,35 +250,37 @@ class RunWriter {
   }
 
   const WriteKvParams& p_;
-  const int lane_, last_slot_, head_;
-  int begin_;     // the page's first token in the whole cache
-  int last_;      // written token of the page
-  T* page_rows_;  // the head's
+  const int head_;
+  int begin_;               // the page's first token in the whole cache
+  int first_, last_;        // written tokens of the page
+  int first_slot_, count_;  // of the run
+  T* page_rows_;            // the head's
   T* bounds_;
 };
 
 template <typename T, ScoreKind kScore>
 __global__ void __launch_bounds__(kThreads, kResident)
     write_kv_kernel(const __grid_constant__ WriteKvParams p, const __grid_constant__ Deal deal) {
-  // grid: warps for [windows of slots, heads]
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = (blockIdx.x * kThreads + threadIdx.x) / kWarpSize;
-  const int window = deal.heads.quotient(warp), head = warp - window * p.cache.num_kv_heads;
+  // grid: [windows / kWarps, heads]
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  // In prefill one window in several has the end of a run. Each warp begins one window further on
+  // than the one before it, so that such windows are of different CTAs.
+  const int stride = deal.stride.divisor(), turned = blockIdx.x + warp;
+  const int window = warp * stride + turned - deal.stride.quotient(turned) * stride;
 
-  // Find the ends of runs: slots followed by another page, by padding, or by nothing.
-  const int first_slot = window * deal.window, slot = first_slot + lane;
-  bool is_end = false;
-  if (lane < deal.window && slot < p.num_slots) {
-    const int token = token_of(p, slot), next = slot + 1 < p.num_slots ? token_of(p, slot + 1) : -1;
-    is_end =
-        token >= 0 && (next < 0 || deal.page_size.quotient(next) != deal.page_size.quotient(token));
-  }
+  // Find the ends of runs: slots followed by another page, by padding, or by nothing. The window
+  // is the last lanes'; the other lanes have the slots before it, where runs may have begun.
+  const Slots slots(p, (window + 1) * deal.window - kWarpSize);
+  const int next = token_of(p, slots.first + lane + 1);
+  const bool is_end =
+      lane >= kWarpSize - deal.window && slots.token >= 0 &&
+      (next < 0 || deal.page_size.quotient(next) != deal.page_size.quotient(slots.token));
   unsigned ends = __ballot_sync(kAllLanes, is_end);
   wait_for_previous_kernel();
   release_next_kernel();
 
   for (; ends != 0; ends &= ends - 1) {
-    RunWriter<T, kScore>(p, deal, first_slot + __ffs(ends) - 1, head).run();
+    RunWriter<T, kScore>(p, deal, slots, __ffs(ends) - 1, blockIdx.y).run();
   }
 }
 
@@ -279,20 +302,21 @@ Kernel kernel_for(ScoreKind score) {
 }  // namespace
 
 cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
-  // Windows are as short as lets all warps run at once: in decode a slot each.
+  // Windows are as short as lets all CTAs run at once: in decode a slot each.
   const int heads = params.cache.num_kv_heads;
-  const int warps_at_once = num_multiprocessors() * kResident * kWarps;
+  const int max_ctas = num_multiprocessors() * kResident;
+  const auto ctas_of_head = [&](int window) {
+    return div_up(div_up(params.num_slots, window), kWarps);
+  };
   int window = 1;
-  while (window < kMaxWindow && div_up(params.num_slots, window) * heads > warps_at_once) {
-    window *= 2;
-  }
-  const Deal deal = {window, Divisor(heads), Divisor(params.cache.page_size),
+  while (window < kMaxWindow && ctas_of_head(window) * heads > max_ctas) window *= 2;
+  const int stride = ctas_of_head(window);
+  const Deal deal = {window, Divisor(stride), Divisor(params.cache.page_size),
                      Divisor(params.cache.pages_per_block)};
-  const int ctas = div_up(div_up(params.num_slots, window) * heads, kWarps);
   const Kernel kernel = params.cache.dtype == DType::kBFloat16
                             ? kernel_for<__nv_bfloat16>(params.score)
                             : kernel_for<__half>(params.score);
-  return launch(kernel, ctas, kThreads, 0, stream, params, deal);
+  return launch(kernel, dim3(stride, heads), kThreads, 0, stream, params, deal);
 }
 
 }  // namespace quest::cuda

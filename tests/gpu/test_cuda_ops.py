@@ -148,6 +148,18 @@ def test_many_slots() -> None:
     assert written_alike(shape, slots)
 
 
+@pytest.mark.parametrize("num_slots", [200, 500, 1000, 2000, 5000])
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_warps_have_any_number_of_slots(page_size: int, num_slots: int) -> None:
+    shape = Shape(num_kv_heads=8, head_size=64, page_size=page_size, pages_per_block=2)
+    slots: list[int] = []
+    while len(slots) < num_slots:  # requests whose chunks begin and end anywhere
+        block, length = 3 * len(slots) // shape.block_tokens + 1, 37 * len(slots) % 413 + 1
+        first = block * shape.block_tokens + 11 * len(slots) % page_size
+        slots += range(first, first + length)
+    assert written_alike(shape, slots[:num_slots])
+
+
 # --- score --------------------------------------------------------------------------------------
 
 

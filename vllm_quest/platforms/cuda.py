@@ -72,7 +72,7 @@ class BatchPlanner:
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
         max_cluster_pages = ops.max_cluster_pages(group_size, spec.head_size, device)
         self.in_clusters = (
-            pages <= ops.FAR_PAGES * max_cluster_pages
+            pages <= ops.FAR_FACTOR * max_cluster_pages
             and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
         )
         self.clusters_need_scores = pages > max_cluster_pages
