@@ -134,25 +134,28 @@ class RunWriter {
 
   __device__ int row_size() const { return 2 * p_.cache.head_size; }
 
-  // How many slots up to the last lie in its page, and where they begin. The page may have more
-  // tokens than there are lanes.
+  // How many slots up to the last lie in its page, and where they begin.
   __device__ void find_first(Slots slots, int end) {
-    count_ = 0;
-    while (true) {
-      const bool in_page =
-          static_cast<unsigned>(slots.token - begin_) < static_cast<unsigned>(p_.cache.page_size);
-      const unsigned up_to_end = __ballot_sync(kAllLanes, in_page) << (kWarpSize - 1 - end);
-      const int found = __clz(~up_to_end);
-      count_ += found;
-      if (found > 0) {
-        const int lane = end - found + 1;
-        first_slot_ = slots.first + lane;
-        first_ = __shfl_sync(kAllLanes, slots.token, lane) - begin_;
-      }
-      if (found <= end) return;
-      slots = Slots(p_, slots.first - kWarpSize);
+    count_ = count_in_page(slots, end);
+    first_slot_ = slots.first + end + 1 - count_;
+    first_ = __shfl_sync(kAllLanes, slots.token, end + 1 - count_) - begin_;
+    // The page may have more tokens than there are lanes.
+    for (int found = count_; found == end + 1;) {
       end = kWarpSize - 1;
+      slots = Slots(p_, slots.first - kWarpSize);
+      found = count_in_page(slots, end);
+      if (found == 0) break;
+      count_ += found;
+      first_slot_ -= found;
+      first_ = __shfl_sync(kAllLanes, slots.token, end + 1 - found) - begin_;
     }
+  }
+
+  // Of the lanes up to `end`, how many adjacent ones have slots of the page.
+  __device__ int count_in_page(const Slots& slots, int end) const {
+    const bool in_page =
+        static_cast<unsigned>(slots.token - begin_) < static_cast<unsigned>(p_.cache.page_size);
+    return __clz(~(__ballot_sync(kAllLanes, in_page) << (kWarpSize - 1 - end)));
   }
 
   // Copy the run, which skips no token, to the page's rows; the extremes of its columns, with those
