@@ -193,7 +193,7 @@ class RunWriter {
     }
   }
 
-  // The same for a run that skips tokens of its page, which is rare: one token after the other.
+  // Copy a run that skips tokens of its page, which is rare: one token after the other.
   __device__ Extremes<T> copy_each(const New& from, int column) const {
     for (int i = 0; i < count_; ++i) {
       const int offset = token_of(p_, first_slot_ + i) - begin_;
