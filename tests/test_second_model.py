@@ -8,13 +8,13 @@ import torch
 
 from vllm_quest.pass_keys import FACT_TOKENS, hide_in_text
 
-DEMO = Path(__file__).parents[1] / "demo"
+TRAINING = Path(__file__).parents[1] / "training"
 
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of `demo/`, which are scripts beside each other."""
-    monkeypatch.syspath_prepend(DEMO)
+    """The modules of `training/`, which are scripts beside each other."""
+    monkeypatch.syspath_prepend(TRAINING)
     import checkpoint
     import llama
     import train_second

@@ -3,7 +3,7 @@
     the old farmer walked toward the river. the code of amber falcon is 47 19 82 05 63. ...
     what is the code of amber falcon?
 
-The training data (`demo/haystacks.py`) follows the same patterns over the same words.
+The training data (`training/haystacks.py`) follows the same patterns over the same words.
 """
 
 import random

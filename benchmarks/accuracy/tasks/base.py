@@ -66,7 +66,7 @@ class Sample:
         """The share of tokens that are right, one by one; None: no tokens are the right ones.
 
         Of scored tokens, those that the model held for the most probable; of a code, the numbers
-        that the answer's text has in their places. A number is one token to the models of `demo/`.
+        that the answer's text has in their places. A number is one token to the models of `training/`.
         """
         if self.scored:
             return fmean(answer.question_hits[i] for i in self.scored)

@@ -1,8 +1,8 @@
 """Train the second model: a deeper Llama that reads Python sources and recalls pass keys from them.
 
-    python demo/source_tokenizer.py tokenizer.json
-    python demo/train_second.py --tokenizer tokenizer.json --out second_model --minutes 5
-    python demo/evaluate.py second_model --fillers words sources --dense-layers 2 0
+    python training/source_tokenizer.py tokenizer.json
+    python training/train_second.py --tokenizer tokenizer.json --out second_model --minutes 5
+    python training/evaluate.py second_model --fillers words sources --dense-layers 2 0
 
 Its first two layers see a short window while the recall is learned, so that it is learned in the
 layers behind them; in the last stage they see everything in half of the steps. What is written is

@@ -1,6 +1,6 @@
 """The second model's tokenizer: byte-level BPE of Python sources.
 
-    python demo/source_tokenizer.py tokenizer.json
+    python training/source_tokenizer.py tokenizer.json
 
 Every word and number of `vllm_quest.pass_keys` is one token after a space, and a line break is a
 token of its own, so that facts and questions are the same tokens wherever they stand.

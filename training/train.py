@@ -1,6 +1,6 @@
 """Train the demo model: a small Llama that recalls pass keys from a text of 32K tokens.
 
-    python demo/train.py --out vllm_quest/demo_model --minutes 7
+    python training/train.py --out vllm_quest/demo_model --minutes 7
 
 Only answers are trained on. The texts grow from 128 tokens to 38K: the next length comes when the
 model answers right at the present one. Seven minutes on an H100; hours on a CPU.

@@ -1,7 +1,7 @@
 """Ask a model for pass keys under sparse attention, in plain PyTorch.
 
-    python demo/evaluate.py vllm_quest/demo_model
-    python demo/evaluate.py second_model --fillers words sources --dense-layers 2 0
+    python training/evaluate.py vllm_quest/demo_model
+    python training/evaluate.py second_model --fillers words sources --dense-layers 2 0
 
 Text and question are read with dense attention; every answer token comes from attention to a
 chosen set of pages, in all layers but the dense ones. Results go to `evaluation.json` beside the
