@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from vllm_quest.config import UNLIMITED
+from vllm_quest.config import UNLIMITED, engine_key
 
 if TYPE_CHECKING:
     import torch
@@ -84,12 +84,12 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
     def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         slots = vllm_config.scheduler_config.max_num_seqs
         self.budget_by_slot = np.full(slots, SERVER_DEFAULT, dtype=np.int32)
-        self._tables[id(vllm_config)] = self.budget_by_slot
+        self._tables[engine_key(vllm_config)] = self.budget_by_slot
 
     @classmethod
     def table(cls, vllm_config: "VllmConfig") -> np.ndarray | None:
         """The budgets by slot of an engine; None if vLLM gave it no such processor."""
-        return cls._tables.get(id(vllm_config))
+        return cls._tables.get(engine_key(vllm_config))
 
     @classmethod
     def note_engine(cls, vllm_config: "VllmConfig") -> None:

@@ -91,28 +91,42 @@ class QuestConfig:
         """
         additional = vllm_config.additional_config
         settings = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
-        cls._active = cls.from_settings(settings)
-        return cls._active
+        return cls.from_settings(settings)
+
+    def activate(self) -> "QuestConfig":
+        """Make these settings those of the model that this process is building or running."""
+        QuestConfig._active = self
+        return self
 
     @classmethod
     def active(cls) -> "QuestConfig":
         """The settings of the model that this process is building or running.
 
         vLLM asks the backend class for block sizes and cache specs without handing it a
-        configuration, at times outside `set_current_vllm_config` too: then the answer is what was
-        read last, which is when the model's layers were made.
+        configuration, at times outside `set_current_vllm_config` too. Inside, the current
+        configuration answers and is activated; outside, the settings activated last answer.
         """
         from vllm.config import get_current_vllm_config_or_none
 
         vllm_config = get_current_vllm_config_or_none()
-        return cls._active if vllm_config is None else cls.from_vllm(vllm_config)
+        return cls._active if vllm_config is None else cls.from_vllm(vllm_config).activate()
 
     def pages(self, num_tokens: Tokens) -> Tokens:
-        """The pages that hold so many tokens, rounded up; one number or an array of them."""
+        """The pages that hold a number of tokens, rounded up; one number or an array of them."""
         return -(-num_tokens // self.page_size)
 
 
-QuestConfig._active = QuestConfig()
+QuestConfig().activate()
+
+
+def engine_key(vllm_config: "VllmConfig") -> int:
+    """What tells an engine from the others of its process.
+
+    Copies that vLLM makes of a configuration share their compilation_config, whereas
+    `vllm_config.instance_id` changes while an engine starts (`vllm/v1/engine/core.py`,
+    startup_handshake, calls `__post_init__` again).
+    """
+    return id(vllm_config.compilation_config)
 
 
 def _bad_value(key: str, value: object, allowed: str) -> ValueError:

@@ -10,6 +10,7 @@ directory, registers a collector of it, and tells its children by an environment
 
 import os
 import tempfile
+import uuid
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY
@@ -64,7 +65,7 @@ class Publisher:
             )
             return
         # The collector takes the name up to the first _ for the metrics' type.
-        name = f"counter_quest-{vllm_config.instance_id}-{os.getpid()}.db"
+        name = f"counter_quest-{uuid.uuid4().hex}.db"
         path = os.path.join(directory, name)
         self._file = MmapedDict(path)  # type: ignore[no-untyped-call]
         labels = {

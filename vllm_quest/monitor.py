@@ -18,7 +18,7 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_quest.config import QuestConfig
+from vllm_quest.config import QuestConfig, engine_key
 from vllm_quest.counters import Counts, QuestStats
 from vllm_quest.metrics import Publisher
 
@@ -30,7 +30,7 @@ LOOK_EVERY_S = 2.0
 class Monitor:
     """The counters of one engine in this worker; its metadata builders share them."""
 
-    _of_engine: ClassVar["weakref.WeakValueDictionary[str, Monitor]"] = (
+    _of_engine: ClassVar["weakref.WeakValueDictionary[int, Monitor]"] = (
         weakref.WeakValueDictionary()
     )
 
@@ -53,15 +53,16 @@ class Monitor:
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> "Monitor":
         """The engine's monitor, made if there is none."""
-        monitor = cls._of_engine.get(vllm_config.instance_id)
+        engine = engine_key(vllm_config)
+        monitor = cls._of_engine.get(engine)
         if monitor is None:
-            monitor = cls._of_engine[vllm_config.instance_id] = cls(vllm_config, device)
+            monitor = cls._of_engine[engine] = cls(vllm_config, device)
         return monitor
 
     @classmethod
     def existing(cls, vllm_config: VllmConfig) -> "Monitor | None":
         """The engine's monitor; None before the KV cache was made, and where no layer needs one."""
-        return cls._of_engine.get(vllm_config.instance_id)
+        return cls._of_engine.get(engine_key(vllm_config))
 
     def before_step(self) -> None:
         """Enqueue a look at the counters, as the steps before this one leave them."""

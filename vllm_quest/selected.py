@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from vllm_quest import metrics
 from vllm_quest.budgets import QuestBudgets
+from vllm_quest.config import QuestConfig
 from vllm_quest.counters import WORKER_EXTENSION
 from vllm_quest.support import refuse_unsupported
 
@@ -18,6 +19,7 @@ def prepare(vllm_config: "VllmConfig") -> None:
         ValueError: see `refuse_unsupported`.
     """
     refuse_unsupported(vllm_config)
+    QuestConfig.from_vllm(vllm_config).activate()
     QuestBudgets.note_engine(vllm_config)
     if not vllm_config.parallel_config.worker_extension_cls:
         vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
