@@ -1,9 +1,11 @@
-"""Decode rows: what the operators need to know of a batch's decodes."""
+"""The plan of a batch's decodes: what the host knows, and what the operators are given."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+
+from vllm_quest.ops import UNSETTLED_PAGES, Rows
 
 
 @dataclass(frozen=True)
@@ -13,8 +15,12 @@ class Decodes:
     query_lens: np.ndarray
     """[num_requests] int32: 1, or more where drafts are to be verified."""
 
-    budgets: np.ndarray
-    """[num_requests] int32, pages; UNLIMITED_PAGES or UNSETTLED_PAGES for dense requests."""
+    budget_pages: np.ndarray
+    """[num_requests] int32, pages; UNLIMITED_PAGES for requests that attend in full."""
+
+    is_unsettled: np.ndarray
+    """[num_requests] bool: ends of prompts. They attend in full, and may read, by a shared prefix,
+    what another request writes in the same step."""
 
     @property
     def one_row_each(self) -> bool:
@@ -26,6 +32,11 @@ class Decodes:
         requests = np.arange(len(self.query_lens))
         return np.asarray(np.repeat(requests, self.query_lens))
 
+    def budget_pages_of_row(self) -> np.ndarray:
+        """[num_rows] int32, pages, as the operators take them: UNSETTLED_PAGES where unsettled."""
+        budget_pages = np.where(self.is_unsettled, UNSETTLED_PAGES, self.budget_pages)
+        return np.repeat(budget_pages, self.query_lens).astype(np.int32)
+
     def tokens_after_row(self) -> np.ndarray:
         """[num_rows] int32: tokens of the row's request in this batch that it must not see."""
         ends = np.repeat(np.cumsum(self.query_lens), self.query_lens)
@@ -34,17 +45,10 @@ class Decodes:
 
 
 @dataclass
-class DecodeRows:
-    """One query token each, first in the batch; see `ops` for what the tensors mean."""
+class DecodePlan:
+    """A batch's decode rows, one query token each, and the scratch of their operators."""
 
-    seq_lens: Tensor
-    """[num_rows] int32, tokens up to and including the row's own; 0 in padding."""
-
-    block_table: Tensor
-    """[num_rows, max_blocks] int32."""
-
-    budgets: Tensor
-    """[num_rows] int32, pages."""
+    rows: Rows
 
     unlimited: Tensor
     """[num_rows] int32, all UNLIMITED_PAGES: the budgets in dense layers."""
@@ -59,24 +63,30 @@ class DecodeRows:
     """[rows_per_pass, num_kv_heads, max_selected] int32 scratch."""
 
     workspace: Tensor | None
-    """Scratch of `ops.sparse_decode`."""
+    """Scratch of `ops.sparse_decode` and `ops.cluster_decode`."""
 
     in_clusters: bool = False
     """Whether the device does all stages in one launch, `ops.cluster_decode`."""
 
-    clusters_need_scores: bool = False
-    """Whether that needs `scores`: for rows of more pages than its shared memory has room for."""
+    far_keys: Tensor | None = None
+    """[rows_per_pass, num_kv_heads, max_pages] int32 scratch of `ops.cluster_decode`; None where
+    its shared memory has room for all keys."""
 
     counters: Tensor | None = None
     """[5] int64: the engine's counters, see `monitor`."""
 
+    @property
+    def dense_rows(self) -> Rows:
+        """The rows in dense layers: without a budget."""
+        return Rows(self.rows.block_table, self.rows.seq_lens, self.unlimited)
+
     def passes(self) -> list[slice]:
         """The rows, in parts that the scratch tensors hold."""
-        num_rows, size = len(self.seq_lens), len(self.scores)
+        num_rows, size = len(self.rows), len(self.scores)
         return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
     def cluster_passes(self) -> list[tuple[slice, Tensor | None]]:
-        """The rows, in parts for one launch each, and the scores that it needs."""
-        if not self.clusters_need_scores:
-            return [(slice(0, len(self.seq_lens)), None)]
-        return [(part, self.scores[: part.stop - part.start]) for part in self.passes()]
+        """The rows, in parts for one launch each, and the far keys that each needs."""
+        if self.far_keys is None:
+            return [(slice(0, len(self.rows)), None)]
+        return [(part, self.far_keys[: part.stop - part.start]) for part in self.passes()]

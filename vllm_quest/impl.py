@@ -1,23 +1,56 @@
 """The stages of QUEST in one layer, in the paper's order: write, score, select, attend."""
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_quest import kv_page, ops
 from vllm_quest.config import QuestConfig
-from vllm_quest.decode_rows import DecodeRows
+from vllm_quest.decode_plan import DecodePlan
 from vllm_quest.metadata import QuestMetadata
 from vllm_quest.platforms import this_platform
 from vllm_quest.support import OTHER_BACKEND
 
 
+class Chooser(Protocol):
+    """Writes the pages that each row attends to in a layer; see `ops.score` and `ops.select`."""
+
+    def __call__(
+        self,
+        impl: "QuestImpl",
+        layer: AttentionLayer,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        scores: Tensor,
+        pages: Tensor,
+        /,
+    ) -> None: ...
+
+
+def choose_by_score(
+    impl: "QuestImpl",
+    layer: AttentionLayer,
+    query: Tensor,
+    kv_cache: Tensor,
+    rows: ops.Rows,
+    scores: Tensor,
+    pages: Tensor,
+) -> None:
+    """QUEST's own choice. On GPUs with clusters of CTAs `ops.cluster_decode` makes it."""
+    page_size = impl.quest.page_size
+    ops.score(query, kv_cache, rows, scores, page_size=page_size)
+    ops.select(scores, rows, pages, page_size=page_size)
+
+
 class QuestImpl(AttentionImpl[QuestMetadata]):
     """One attention layer. Prefill and sliding windows are the platform backend's work."""
+
+    chooser: ClassVar[Chooser] = staticmethod(choose_by_score)
+    """Who chooses pages, in all layers of this process; see `choosing`."""
 
     def __init__(
         self,
@@ -41,7 +74,6 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
-        self._is_dense_layer: bool | None = None
         self.has_own_cache = kv_sharing_target_layer_name is None
         self.has_window = sliding_window is not None
         self.platform = this_platform()
@@ -102,8 +134,10 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             self.dense.forward(layer, query, key, value, kv_cache, windowed, output)
             return output
         num_rows, num_tokens = attn_metadata.num_decode_rows, attn_metadata.num_actual_tokens
-        if attn_metadata.rows is not None:
-            self._decode(layer, query[:num_rows], kv_cache, attn_metadata.rows, output[:num_rows])
+        if attn_metadata.decode is not None:
+            is_dense = layer.layer_name in attn_metadata.dense_layers
+            plan = attn_metadata.decode
+            self._decode(layer, query[:num_rows], kv_cache, plan, output[:num_rows], is_dense)
         if attn_metadata.prefill is not None:
             tokens = kv_page.block_tokens(kv_cache, self.quest.page_size)
             self.platform.attend_prefill(
@@ -124,90 +158,54 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             self.dense.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
             page_size, score = self.quest.page_size, self.quest.score
-            ops.write_kv(key, value, kv_cache, slots, page_size, score)
+            ops.write_kv(key, value, kv_cache, slots, page_size=page_size, score=score)
 
     def _decode(
         self,
         layer: AttentionLayer,
         query: Tensor,  # [num_rows, num_heads, head_size]
         kv_cache: Tensor,
-        rows: DecodeRows,
+        plan: DecodePlan,
         output: Tensor,  # [num_rows, num_heads, head_size]
+        is_dense: bool,
     ) -> None:
-        is_dense = self._is_dense(layer)
-        budgets = rows.unlimited if is_dense else rows.budgets
-        chooses = rows.any_sparse and not is_dense
-        page_size, scale, soft_cap = self.quest.page_size, self.scale, self.soft_cap
-        if chooses and rows.in_clusters and self.chooses_itself:
-            for part, scores in rows.cluster_passes():
+        rows = plan.dense_rows if is_dense else plan.rows
+        chooses = plan.any_sparse and not is_dense
+        attention: dict[str, Any] = {
+            "page_size": self.quest.page_size,
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "workspace": plan.workspace,
+            "counters": plan.counters,
+        }
+        if chooses and plan.in_clusters and QuestImpl.chooser is choose_by_score:
+            for part, far_keys in plan.cluster_passes():
                 ops.cluster_decode(
                     query[part],
                     kv_cache,
-                    rows.block_table[part],
-                    rows.seq_lens[part],
-                    budgets[part],
-                    page_size,
-                    scale,
-                    soft_cap,
+                    rows[part],
                     output[part],
-                    rows.workspace,
-                    rows.counters,
-                    scores,
+                    far_keys=far_keys,
                     follows_write_kv=self.has_own_cache and part.start == 0,
+                    **attention,
                 )
             return
-        for part in rows.passes():
-            queries, seq_lens = query[part], rows.seq_lens[part]
-            scores, pages = rows.scores[: len(seq_lens)], rows.pages[: len(seq_lens)]
-            batch = (queries, kv_cache, rows.block_table[part], seq_lens, budgets[part])
+        for part in plan.passes():
+            num_rows = part.stop - part.start
+            scores, pages = plan.scores[:num_rows], plan.pages[:num_rows]
             if chooses:
-                self.choose_pages(layer, *batch, scores, pages)
-            attention = (page_size, scale, soft_cap, output[part], rows.workspace)
-            ops.sparse_decode(*batch, pages, *attention, rows.counters)
-
-    def choose_pages(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        kv_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        budgets: Tensor,
-        scores: Tensor,
-        pages: Tensor,
-    ) -> None:
-        """Write the pages that each row attends to in a layer; arguments as in `ops`."""
-        page_size = self.quest.page_size
-        ops.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
-        ops.select(scores, seq_lens, budgets, page_size, pages)
-
-    chooses_itself: ClassVar[bool] = True
-    """Whether pages are chosen by QUEST, so that `ops.cluster_decode` may do it."""
+                QuestImpl.chooser(self, layer, query[part], kv_cache, rows[part], scores, pages)
+            ops.sparse_decode(query[part], kv_cache, rows[part], pages, output[part], **attention)
 
     @classmethod
     @contextlib.contextmanager
-    def choosing(cls, choose_pages: Callable[..., None]) -> Iterator[None]:
-        """Have another function in the place of `choose_pages`, in all layers of this process.
+    def choosing(cls, chooser: Chooser) -> Iterator[None]:
+        """Have another chooser in all layers of this process.
 
         For those who watch the choice or compare it with others; CUDA graphs would not see it.
         """
-        own = cls.choose_pages
-        cls.choose_pages = choose_pages  # type: ignore[method-assign]
-        cls.chooses_itself = False
+        own, cls.chooser = cls.chooser, chooser
         try:
             yield
         finally:
-            cls.choose_pages = own  # type: ignore[method-assign]
-            cls.chooses_itself = True
-
-    def _is_dense(self, layer: Any) -> bool:
-        """Whether the layer is one of the first `dense_layers`; its name has its number."""
-        if self._is_dense_layer is None:
-            number = re.search(r"layers\.(\d+)", layer.layer_name)
-            if number is None:
-                raise ValueError(
-                    f"QUEST cannot tell the number of layer {layer.layer_name!r}; expected a name "
-                    f"with 'layers.<number>'; {OTHER_BACKEND}"
-                )
-            self._is_dense_layer = int(number.group(1)) < self.quest.dense_layers
-        return self._is_dense_layer
+            cls.chooser = own

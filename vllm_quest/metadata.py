@@ -1,7 +1,6 @@
 """What a batch means to QUEST: which tokens are decode rows, their lengths and their budgets."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
-from vllm_quest.decode_rows import DecodeRows, Decodes
+from vllm_quest.decode_plan import DecodePlan, Decodes
+from vllm_quest.layers import dense_layer_names, is_full_attention
 from vllm_quest.monitor import Monitor
-from vllm_quest.ops import UNLIMITED_PAGES, UNSETTLED_PAGES
-from vllm_quest.platforms import this_platform
+from vllm_quest.ops import UNLIMITED_PAGES
+from vllm_quest.platforms import BatchPlanner, PrefillPlan, this_platform
 
 # A name below vLLM's, so that its handlers and levels apply.
 logger = init_logger("vllm.quest")
@@ -42,12 +42,14 @@ class QuestMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     """[>= num_actual_tokens] int64: where keys and values are stored; -1 in padding."""
 
-    rows: DecodeRows | None = None
+    dense_layers: frozenset[str] = frozenset()
+    """Names of the layers whose decode rows attend in full."""
 
-    prefill: Any = None
-    """The platform's plan for the prefills."""
+    decode: DecodePlan | None = None
 
-    windowed: Any = None
+    prefill: PrefillPlan | None = None
+
+    windowed: AttentionMetadata | None = None
     """The platform backend's own metadata, for layers with a sliding window."""
 
 
@@ -68,16 +70,18 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         self.is_v2_runner = vllm_config.use_v2_model_runner
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        self.planner: Any = None
-        if any(layer.sliding_window is None for layer in layers):
+        is_full = [is_full_attention(layer) for layer in layers]
+        self.planner: BatchPlanner | None = None
+        if any(is_full):
             self._check_spec(kv_cache_spec)
+            self.dense_layers = dense_layer_names(vllm_config, self.quest.dense_layers)
             planner = this_platform().BatchPlanner
-            self.planner = planner(kv_cache_spec, layer_names, vllm_config, device)
+            self.planner = planner(kv_cache_spec, layer_names, vllm_config, device, self.quest)
             self.monitor = Monitor.of(vllm_config, device)
             if vllm_config.cache_config.num_gpu_blocks is not None:
                 logger.info_once("%s", self._describe())
-        self.windowed_builder: Any = None
-        if any(layer.sliding_window is not None for layer in layers):
+        self.windowed_builder: AttentionMetadataBuilder[AttentionMetadata] | None = None
+        if not all(is_full):
             builder = this_platform().DenseMetadataBuilder
             self.windowed_builder = builder(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -97,7 +101,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         )
         return (
             f"QUEST attends to {budget}, in pages of {quest.page_size}; the first "
-            f"{quest.dense_layers} layers are dense. {self._describe_cache()}"
+            f"{quest.dense_layers} full-attention layers are dense. {self._describe_cache()}"
         )
 
     def _describe_cache(self) -> str:
@@ -148,10 +152,13 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         metadata.num_decode_rows = int(query_lens[:num_decodes].sum())
         if num_decodes > 0:
             decodes = Decodes(
-                query_lens[:num_decodes], self._budgets(batch, is_prefilling[:num_decodes])
+                query_lens=query_lens[:num_decodes],
+                budget_pages=self._budget_pages(self._token_budgets(batch, num_decodes)),
+                is_unsettled=is_prefilling[:num_decodes],
             )
-            metadata.rows = self.planner.decode_rows(batch, decodes)
-            metadata.rows.counters = self.monitor.counters
+            metadata.dense_layers = self.dense_layers
+            metadata.decode = self.planner.plan_decode(batch, decodes)
+            metadata.decode.counters = self.monitor.counters
         if num_decodes < len(query_lens):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
         return metadata
@@ -195,10 +202,11 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             )
         return num_decodes
 
-    def _budgets(self, batch: CommonAttentionMetadata, is_prefilling: np.ndarray) -> np.ndarray:
-        """Each request's budget, its own or the server's: `[num_requests]` int32, pages."""
-        num_requests = len(is_prefilling)
-        tokens = np.full(num_requests, self.quest.token_budget, dtype=np.int64)
+    def _token_budgets(self, batch: CommonAttentionMetadata, num_requests: int) -> np.ndarray:
+        """Each request's budget, its own or the server's: `[num_requests]` int64, tokens."""
+        # No context is longer, and settings of any size fit the array.
+        server_default = min(self.quest.token_budget, self.vllm_config.model_config.max_model_len)
+        tokens = np.full(num_requests, server_default, dtype=np.int64)
         table = QuestBudgets.table(self.vllm_config)
         if table is not None:
             # The V1 runner has its slots in batch order; V2 says which row is which, though not for
@@ -208,6 +216,9 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             else:
                 own = table[: 0 if self.is_v2_runner else num_requests]
             tokens[: len(own)] = np.where(own == SERVER_DEFAULT, tokens[: len(own)], own)
+        return tokens
+
+    def _budget_pages(self, tokens: np.ndarray) -> np.ndarray:
+        """Budgets in tokens, UNLIMITED among them, as pages: `[num_requests]` int32."""
         pages = np.where(tokens == UNLIMITED, UNLIMITED_PAGES, self.quest.pages(tokens))
-        # The end of a prompt may read, by its prefix, what another request writes in this step.
-        return np.where(is_prefilling, UNSETTLED_PAGES, pages).astype(np.int32)
+        return pages.astype(np.int32)

@@ -15,11 +15,13 @@ Dimension names, used in Python and C++ alike:
 r < block_tokens holds key|value of token r, row block_tokens + p holds minimum|maximum of the keys
 of page p. (block, head) pages are contiguous; the two outer strides are free.
 
-A row's pages are numbered by position: page j covers tokens j * page_size onwards and lies in block
-`block_table[row, j * page_size // block_tokens]`. A row whose pages number no more than its budget
-is attended in full: `score` and `select` skip it, and `sparse_decode` never reads its list.
-A row of length 0 is padding: nothing of it is read, its output is 0.
+The pages of a row are numbered by position: page j covers tokens j * page_size onwards and lies in
+block `block_table[row, j * page_size // block_tokens]`. A row with no more pages than its budget is
+attended in full: `score` and `select` skip it, and `sparse_decode` never reads its list of pages.
+A row of length 0 is padding: none of its memory is read, and its output is 0.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,14 +36,35 @@ for _device in extension.LIBRARIES:
 UNLIMITED_PAGES = torch.iinfo(torch.int32).max
 """A budget that every context fits."""
 
-UNSETTLED_PAGES = UNLIMITED_PAGES - 1
-"""The same, for rows that may read pages that another request writes in this step."""
+UNSETTLED_PAGES = int(torch.ops.vllm_quest.contract("unsettled_pages"))
+"""The budget of a row that is attended in full and may read pages that another request writes in
+this step, see `cluster_decode`. Every context fits it too."""
 
-FAR_FACTOR = 32
-"""How many times `max_cluster_pages` a row may have in `cluster_decode` with scores."""
+GROWING_PAGES = int(torch.ops.vllm_quest.contract("growing_pages"))
+"""Pages at a row's end that its own request may write in a step, see `cluster_decode`."""
 
-GROWING_PAGES = 16
-"""Pages at a row's end that its request may write in a step, see `cluster_decode`."""
+MAX_GROUP_SIZE = int(torch.ops.vllm_quest.contract("max_group_size"))
+"""Query heads per KV head that the GPU operators take."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where decode rows find their pages, and how many they may read. Slices like a list."""
+
+    block_table: Tensor
+    """[num_rows, max_blocks] int32; entries past a row's length are never read."""
+
+    seq_lens: Tensor
+    """[num_rows] int32, tokens, the row's own token included; 0 in padding."""
+
+    budget_pages: Tensor
+    """[num_rows] int32, pages, at least 1."""
+
+    def __len__(self) -> int:
+        return len(self.seq_lens)
+
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.block_table[part], self.seq_lens[part], self.budget_pages[part])
 
 
 def write_kv(
@@ -49,6 +72,7 @@ def write_kv(
     value: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
+    *,
     page_size: int,
     score: Score = "minmax",
 ) -> None:
@@ -62,26 +86,22 @@ def write_kv(
 
     Args:
         key: `[num_tokens, num_kv_heads, head_size]`, dtype of the cache; last dimension contiguous.
-        value: the same shape.
+        value: `[num_tokens, num_kv_heads, head_size]`, dtype of the cache.
         kv_cache: see the module; changed in place.
         slot_mapping: `[num_slots]` int64, block * block_tokens + offset; -1 is padding.
             num_slots <= num_tokens; further tokens are padding too.
         page_size: tokens per page.
         score: `minmax`, `mean_std` (mean and population standard deviation) or `mid_dev` (middle
             of minimum and maximum, and mean absolute deviation from it).
+
+    Raises:
+        RuntimeError: an argument's device, dtype, layout or shape is not as above; so for every
+            operator.
     """
     torch.ops.vllm_quest.write_kv(key, value, kv_cache, slot_mapping, page_size, score)
 
 
-def score(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    budgets: Tensor,
-    page_size: int,
-    scores: Tensor,
-) -> None:
+def score(query: Tensor, kv_cache: Tensor, rows: Rows, scores: Tensor, *, page_size: int) -> None:
     """Bound q·k from above for every page: the largest over the query heads that share a KV head.
 
     QUEST, arXiv 2406.10774, section 3.3: Σ_d max(q_d · min_d, q_d · max_d). Unscaled.
@@ -89,45 +109,41 @@ def score(
     Args:
         query: `[num_rows, num_heads, head_size]`, dtype of the cache.
         kv_cache: see the module.
-        block_table: `[num_rows, max_blocks]` int32; entries past the row's length are never read.
-        seq_lens: `[num_rows]` int32, tokens, the row's own token included.
-        budgets: `[num_rows]` int32, pages, at least 1.
-        page_size: tokens per page.
+        rows: lengths, tables and budgets.
         scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
             ceil(seq_len / page_size) of rows over their budget are written.
+        page_size: tokens per page.
     """
-    torch.ops.vllm_quest.score(query, kv_cache, block_table, seq_lens, budgets, page_size, scores)
+    torch.ops.vllm_quest.score(
+        query, kv_cache, rows.block_table, rows.seq_lens, rows.budget_pages, page_size, scores
+    )
 
 
-def select(
-    scores: Tensor, seq_lens: Tensor, budgets: Tensor, page_size: int, pages: Tensor
-) -> None:
+def select(scores: Tensor, rows: Rows, pages: Tensor, *, page_size: int) -> None:
     """Choose each KV head's pages: the newest page and the best-scored others, budget in all.
 
     Equal scores go to the lower page number. Exact and deterministic.
 
     Args:
         scores: `[num_rows, num_kv_heads, >= max_pages]` fp32, from `score`.
-        seq_lens: `[num_rows]` int32, tokens.
-        budgets: `[num_rows]` int32, pages; for rows over their budget at most max_selected.
-        page_size: tokens per page.
+        rows: lengths and budgets; budgets of rows over theirs are at most max_selected.
         pages: out, `[num_rows, num_kv_heads, max_selected]` int32: page numbers, ascending, in the
             first budget entries of rows over their budget; the rest is left as it was.
+        page_size: tokens per page.
     """
-    torch.ops.vllm_quest.select(scores, seq_lens, budgets, page_size, pages)
+    torch.ops.vllm_quest.select(scores, rows.seq_lens, rows.budget_pages, page_size, pages)
 
 
 def sparse_decode(
     query: Tensor,
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    budgets: Tensor,
+    rows: Rows,
     pages: Tensor,
+    out: Tensor,
+    *,
     page_size: int,
     scale: float,
-    soft_cap: float,
-    out: Tensor,
+    soft_cap: float = 0.0,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> None:
@@ -136,14 +152,12 @@ def sparse_decode(
     Args:
         query: `[num_rows, num_heads, head_size]`, dtype of the cache.
         kv_cache: see the module.
-        block_table: `[num_rows, max_blocks]` int32.
-        seq_lens: `[num_rows]` int32, tokens.
-        budgets: `[num_rows]` int32, pages.
+        rows: lengths, tables and budgets.
         pages: `[num_rows, num_kv_heads, max_selected]` int32, from `select`.
+        out: `[num_rows, num_heads, head_size]`, dtype of the query.
         page_size: tokens per page.
         scale: factor of q·k.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
-        out: `[num_rows, num_heads, head_size]`, dtype of the query.
         workspace: from `decode_workspace`; the CPU needs none.
         counters: added to: `[5]` int64, contiguous, in the order of `counters.Counts`; None to
             count nothing.
@@ -151,9 +165,9 @@ def sparse_decode(
     torch.ops.vllm_quest.sparse_decode(
         query,
         kv_cache,
-        block_table,
-        seq_lens,
-        budgets,
+        rows.block_table,
+        rows.seq_lens,
+        rows.budget_pages,
         pages,
         page_size,
         scale,
@@ -167,60 +181,63 @@ def sparse_decode(
 def cluster_decode(
     query: Tensor,
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    budgets: Tensor,
+    rows: Rows,
+    out: Tensor,
+    *,
     page_size: int,
     scale: float,
-    soft_cap: float,
-    out: Tensor,
+    soft_cap: float = 0.0,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
-    scores: Tensor | None = None,
-    *,
+    far_keys: Tensor | None = None,
     follows_write_kv: bool = False,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
-    Arguments are those of `sparse_decode`, and for block tables of more than `max_cluster_pages`
-    pages a row `scores`: `[num_rows, num_kv_heads, >= max_pages]` fp32 scratch, whose rows begin at
-    multiples of 16 bytes. Chooses what `select` chooses.
+    Arguments are those of `sparse_decode`, without the pages. Chooses what `select` chooses.
 
-    With `follows_write_kv`, nothing was launched since `write_kv` of the same layer, and the query
-    was there before that. Then most of the work is done beside `write_kv`. It holds for rows
-    whose pages are of earlier steps, but for the last GROWING_PAGES; others need the budget
-    UNSETTLED_PAGES.
+    Args:
+        far_keys: scratch, `[num_rows, num_kv_heads, >= max_pages]` int32, whose rows begin at
+            multiples of 16 bytes; needed where the block table holds more than
+            `max_cluster_pages` pages a row.
+        follows_write_kv: whether nothing was launched since `write_kv` of the same layer, and the
+            query was there before that. Then most of the work is done beside `write_kv`
+            (csrc/cuda/DESIGN.md, "Decode begins beside the write"). It holds for rows whose pages
+            are of earlier steps, but for the last GROWING_PAGES; others need the budget
+            UNSETTLED_PAGES.
 
     Raises:
-        RuntimeError: the GPU has no clusters, the table is wider than that and there are no scores,
-            or it has more than FAR_FACTOR times as many pages; besides what all operators refuse.
+        RuntimeError: the GPU has no clusters, the block table holds more pages a row than
+            `max_cluster_pages` allows with or without far keys, or what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
         kv_cache,
-        block_table,
-        seq_lens,
-        budgets,
+        rows.block_table,
+        rows.seq_lens,
+        rows.budget_pages,
         page_size,
         scale,
         soft_cap,
         out,
         workspace,
         counters,
-        scores,
+        far_keys,
         follows_write_kv,
     )
 
 
-def max_cluster_pages(group_size: int, head_size: int, device: torch.device) -> int:
-    """Pages of a row whose scores fit the shared memory of `cluster_decode` on a device.
+def max_cluster_pages(
+    group_size: int, head_size: int, device: torch.device, *, far_keys: bool = False
+) -> int:
+    """Pages a row may have in `cluster_decode` on a device, without or with far keys.
 
     0 if it does not run there.
     """
     if device.type == "cpu":
         return 0
     with torch.cuda.device(device):
-        return int(torch.ops.vllm_quest.max_cluster_pages(group_size, head_size))
+        return int(torch.ops.vllm_quest.max_cluster_pages(group_size, head_size, far_keys))
 
 
 def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:

@@ -4,10 +4,15 @@ It is the specification, written to be read: loops, no batching, everything in f
 Only tests and benchmarks import it. Tensors and dimension names: see `ops.py`.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from vllm_quest.config import Score
+
+if TYPE_CHECKING:
+    from vllm_quest.ops import Rows
 
 DTYPE = torch.float64
 
@@ -44,6 +49,7 @@ def write_kv(
     value: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
+    *,
     page_size: int,
     score: Score = "minmax",
 ) -> None:
@@ -96,23 +102,15 @@ def bounds_of(keys: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     return center - spread, center + spread
 
 
-def score(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    budgets: Tensor,
-    page_size: int,
-    scores: Tensor,
-) -> None:
+def score(query: Tensor, kv_cache: Tensor, rows: "Rows", scores: Tensor, *, page_size: int) -> None:
     num_rows, num_heads, head_size = query.shape
     group_size = num_heads // kv_cache.shape[1]
     for row in range(num_rows):
-        pages = num_pages(int(seq_lens[row]), page_size)
-        if pages <= int(budgets[row]):
+        pages = num_pages(int(rows.seq_lens[row]), page_size)
+        if pages <= int(rows.budget_pages[row]):
             continue
         for page in range(pages):
-            bounds = page_bounds(kv_cache, block_table[row], page, page_size).to(DTYPE)
+            bounds = page_bounds(kv_cache, rows.block_table[row], page, page_size).to(DTYPE)
             low = bounds[:, :head_size].repeat_interleave(group_size, dim=0)
             high = bounds[:, head_size:].repeat_interleave(group_size, dim=0)
             q = query[row].to(DTYPE)
@@ -120,13 +118,11 @@ def score(
             scores[row, :, page] = per_head.view(-1, group_size).amax(dim=-1)
 
 
-def select(
-    scores: Tensor, seq_lens: Tensor, budgets: Tensor, page_size: int, pages: Tensor
-) -> None:
+def select(scores: Tensor, rows: "Rows", pages: Tensor, *, page_size: int) -> None:
     num_rows, num_kv_heads, _ = scores.shape
     for row in range(num_rows):
-        newest = num_pages(int(seq_lens[row]), page_size) - 1
-        budget = int(budgets[row])
+        newest = num_pages(int(rows.seq_lens[row]), page_size) - 1
+        budget = int(rows.budget_pages[row])
         if newest + 1 <= budget:
             continue
         for head in range(num_kv_heads):
@@ -139,14 +135,13 @@ def select(
 def sparse_decode(
     query: Tensor,
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    budgets: Tensor,
+    rows: "Rows",
     pages: Tensor,
+    out: Tensor,
+    *,
     page_size: int,
     scale: float,
-    soft_cap: float,
-    out: Tensor,
+    soft_cap: float = 0.0,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> None:
@@ -154,7 +149,7 @@ def sparse_decode(
     num_kv_heads = kv_cache.shape[1]
     group_size = num_heads // num_kv_heads
     for row in range(num_rows):
-        seq_len, budget = int(seq_lens[row]), int(budgets[row])
+        seq_len, budget = int(rows.seq_lens[row]), int(rows.budget_pages[row])
         if seq_len == 0:
             out[row] = 0
             continue
@@ -169,7 +164,7 @@ def sparse_decode(
                 )
             keys_values = torch.cat(
                 [
-                    page_rows(kv_cache, block_table[row], page, page_size)[
+                    page_rows(kv_cache, rows.block_table[row], page, page_size)[
                         head, : min(page_size, seq_len - page * page_size)
                     ]
                     for page in attended
@@ -191,11 +186,11 @@ def attend(query: Tensor, keys_values: Tensor, scale: float, soft_cap: float) ->
 def full_attention(
     query: Tensor,
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
+    rows: "Rows",
+    *,
     page_size: int,
     scale: float,
-    soft_cap: float,
+    soft_cap: float = 0.0,
 ) -> Tensor:
     """Attention over every token of every row, `[num_rows, num_heads, head_size]` fp64.
 
@@ -207,10 +202,10 @@ def full_attention(
     group_size = num_heads // num_kv_heads
     out = torch.zeros(num_rows, num_heads, head_size, dtype=DTYPE)
     for row in range(num_rows):
-        seq_len = int(seq_lens[row])
+        seq_len = int(rows.seq_lens[row])
         if seq_len == 0:
             continue
-        blocks = block_table[row, : (seq_len + block_tokens - 1) // block_tokens].long()
+        blocks = rows.block_table[row, : (seq_len + block_tokens - 1) // block_tokens].long()
         tokens = kv_cache[blocks, :, :block_tokens].transpose(1, 2).flatten(0, 1)[:seq_len]
         for head in range(num_heads):
             keys_values = tokens[:, head // group_size]

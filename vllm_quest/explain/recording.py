@@ -48,46 +48,45 @@ class _Step:
 class Recorder:
     """Records the decode steps of one request; the engine must run in this process, eagerly."""
 
-    def __init__(self, prompt_tokens: int, layers: list[int]) -> None:
+    def __init__(self, prompt_tokens: int, layers: dict[str, int]) -> None:
+        """`layers`: the numbers of those to record, by their names in vLLM."""
         self.prompt_tokens = prompt_tokens
         self.layers = layers
-        self._steps: dict[int, dict[int, _Step]] = {layer: {} for layer in layers}
+        self._steps: dict[int, dict[int, _Step]] = {number: {} for number in layers.values()}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record the steps that run inside of the context."""
         from vllm_quest.impl import QuestImpl
+        from vllm_quest.ops import Rows
 
-        choose_pages = QuestImpl.choose_pages
+        choose = QuestImpl.chooser
 
         def choose_and_record(
             impl: QuestImpl,
             layer: Any,
             query: Tensor,
             kv_cache: Tensor,
-            block_table: Tensor,
-            seq_lens: Tensor,
-            budgets: Tensor,
+            rows: Rows,
             scores: Tensor,
             pages: Tensor,
         ) -> None:
-            choose_pages(
-                impl, layer, query, kv_cache, block_table, seq_lens, budgets, scores, pages
-            )
-            number = layer_number(layer.layer_name)
+            choose(impl, layer, query, kv_cache, rows, scores, pages)
+            number = self.layers.get(layer.layer_name)
             # A prompt's last token can be a row too; it is attended in full.
-            if number in self._steps and (seq_len := int(seq_lens[0])) > self.prompt_tokens:
-                page_size = impl.quest.page_size
+            seq_len = int(rows.seq_lens[0])
+            if number is not None and seq_len > self.prompt_tokens:
                 mass = page_mass(
                     query[0],
                     kv_cache,
-                    block_table[0],
+                    rows.block_table[0],
                     seq_len,
-                    page_size,
-                    impl.scale,
-                    impl.soft_cap,
+                    page_size=impl.quest.page_size,
+                    scale=impl.scale,
+                    soft_cap=impl.soft_cap,
                 )
-                step = _weigh(mass, pages[0, :, : int(budgets[0])], impl.num_kv_heads)
+                selected = pages[0, :, : int(rows.budget_pages[0])]
+                step = _weigh(mass, selected, impl.num_kv_heads)
                 self._steps[number][seq_len - self.prompt_tokens - 1] = step
 
         with QuestImpl.choosing(choose_and_record):
@@ -102,18 +101,12 @@ class Recorder:
         }
 
 
-def layer_number(layer_name: str) -> int:
-    """The number in a vLLM layer's name, such as `model.layers.3.self_attn.attn`."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    return int(extract_layer_index(layer_name))
-
-
 def page_mass(
     query: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
     seq_len: int,
+    *,
     page_size: int,
     scale: float,
     soft_cap: float,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_quest.config import UNLIMITED, QuestConfig
-from vllm_quest.explain.recording import LayerRecord, Recorder, layer_number
+from vllm_quest.explain.recording import LayerRecord, Recorder
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -90,7 +90,10 @@ def explain(request: Request) -> Explanation:
     llm = _start(request, model, num_prompt + request.max_tokens)
     try:
         layers, heads = _choose(request, llm)
-        recorder = Recorder(num_prompt, layers)
+        names = {name: number for number, (name, _) in enumerate(_attention_layers(llm))}
+        recorder = Recorder(
+            num_prompt, {n: number for n, number in names.items() if number in layers}
+        )
         with recorder.recording():
             prompt = TokensPrompt(prompt_token_ids=prompt_ids)
             (result,) = llm.generate(prompt, _sampling(request), use_tqdm=False)
@@ -201,14 +204,14 @@ def _start(request: Request, model: "ModelConfig", num_tokens: int) -> "LLM":
 def _choose(request: Request, llm: "LLM") -> tuple[list[int], list[int]]:
     """The layers and KV heads to look at."""
     attention = _attention_layers(llm)
-    layers = _within(request.layers, sorted(attention), "--layers", "layers")
+    layers = _within(request.layers, list(range(len(attention))), "--layers", "layers")
     if all(_why_dense(llm, layer) for layer in layers):
         dense = request.quest.dense_layers
         raise CannotExplain(
             f"every layer chosen is dense or has a sliding window (--dense-layers is {dense}), so "
             "all of them read everything: lower --dense-layers or choose other --layers"
         )
-    num_heads = min(layer.num_kv_heads for layer in attention.values())
+    num_heads = min(layer.num_kv_heads for _, layer in attention)
     return layers, _within(request.heads, list(range(num_heads)), "--heads", "KV heads")
 
 
@@ -223,20 +226,24 @@ def _within(chosen: list[int] | None, present: list[int], option: str, things: s
     return chosen
 
 
-def _attention_layers(llm: "LLM") -> dict[int, Any]:
+def _attention_layers(llm: "LLM") -> list[tuple[str, Any]]:
+    """The attention layers by name, in the model's order, windowed ones among them."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    layers = get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention)
-    return {layer_number(name): layer for name, layer in layers.items()}
+    return list(get_layers_from_vllm_config(llm.llm_engine.vllm_config, Attention).items())
 
 
 def _why_dense(llm: "LLM", number: int) -> str:
     """Why a layer reads everything; empty if it does not."""
-    if _attention_layers(llm)[number].sliding_window is not None:
+    from vllm_quest.layers import dense_layer_names, is_full_attention
+
+    vllm_config = llm.llm_engine.vllm_config
+    name, layer = _attention_layers(llm)[number]
+    if not is_full_attention(layer):
         return "sliding window"
-    quest = QuestConfig.from_vllm(llm.llm_engine.vllm_config)
-    return "dense" if number < quest.dense_layers else ""
+    quest = QuestConfig.from_vllm(vllm_config)
+    return "dense" if name in dense_layer_names(vllm_config, quest.dense_layers) else ""
 
 
 def _sampling(request: Request) -> Any:

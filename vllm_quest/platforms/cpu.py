@@ -24,8 +24,8 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_quest.config import QuestConfig
-from vllm_quest.decode_rows import DecodeRows, Decodes
-from vllm_quest.ops import UNLIMITED_PAGES
+from vllm_quest.decode_plan import DecodePlan, Decodes
+from vllm_quest.ops import UNLIMITED_PAGES, Rows
 
 SCRATCH_BLOCK_TOKENS = 128
 """Tokens per block of the scratch cache: CPU_ATTN's own default."""
@@ -69,30 +69,28 @@ class BatchPlanner:
         layer_names: list[str],
         vllm_config: VllmConfig,
         device: torch.device,
+        quest: QuestConfig,
     ) -> None:
         self.spec = spec
         self.num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
-        self.quest = QuestConfig.from_vllm(vllm_config)
+        self.quest = quest
 
-    def decode_rows(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodeRows:
+    def plan_decode(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodePlan:
         """Lay out the rows of the batch's decodes."""
         num_requests = len(decodes.query_lens)
         seq_lens = batch.seq_lens[:num_requests]
         block_table = batch.block_table_tensor[:num_requests]
-        budgets = decodes.budgets
+        budget_pages = decodes.budget_pages_of_row()
         if not decodes.one_row_each:
             request = decodes.request_of_row()
             seq_lens = seq_lens[request] - torch.from_numpy(decodes.tokens_after_row())
             block_table = block_table[request]
-            budgets = budgets[request]
-        is_sparse = self.quest.pages(seq_lens.numpy()) > budgets
-        num_rows, num_kv_heads = len(budgets), self.spec.num_kv_heads
+        is_sparse = self.quest.pages(seq_lens.numpy()) > budget_pages
+        num_rows, num_kv_heads = len(budget_pages), self.spec.num_kv_heads
         max_pages = block_table.shape[1] * self.spec.block_size // self.quest.page_size
-        max_selected = int(budgets[is_sparse].max(initial=0))
-        return DecodeRows(
-            seq_lens=seq_lens,
-            block_table=block_table,
-            budgets=torch.from_numpy(budgets),
+        max_selected = int(budget_pages[is_sparse].max(initial=0))
+        return DecodePlan(
+            rows=Rows(block_table, seq_lens, torch.from_numpy(budget_pages)),
             unlimited=torch.full((num_rows,), UNLIMITED_PAGES, dtype=torch.int32),
             any_sparse=bool(is_sparse.any()),
             scores=torch.empty(num_rows, num_kv_heads, max_pages),

@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_quest import ops
 from vllm_quest.config import QuestConfig
-from vllm_quest.decode_rows import DecodeRows, Decodes
+from vllm_quest.decode_plan import DecodePlan, Decodes
 
 SCORES_BYTES = 64 << 20
 """Room for one pass's scores; more rows take several passes, each of which fills any GPU."""
@@ -48,6 +48,7 @@ class BatchPlanner:
         layer_names: list[str],
         vllm_config: VllmConfig,
         device: torch.device,
+        quest: QuestConfig,
     ) -> None:
         self.prefill_builder = PrefillMetadataBuilder(spec, layer_names, vllm_config, device)
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
@@ -56,56 +57,54 @@ class BatchPlanner:
         num_rows = max(
             scheduler.max_num_seqs * tokens_per_decode, compilation.max_cudagraph_capture_size or 0
         )
-        quest = QuestConfig.from_vllm(vllm_config)
         self.max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
         pages = self.max_blocks * spec.block_size // quest.page_size
         pages = -(-pages // 4) * 4  # fp32, so that each row begins at a multiple of 16 bytes
         rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
         rows_per_pass = max(1, min(rows_per_pass, num_rows))
         scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
-        self.budgets = torch.ones(num_rows, dtype=torch.int32, device=device)
-        self.budgets_on_device = np.ones(num_rows, dtype=np.int32)
-        self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
+        self.budget_pages = torch.ones(num_rows, dtype=torch.int32, device=device)
+        self.budget_pages_on_host = np.ones(num_rows, dtype=np.int32)
+        """What `budget_pages` holds, so that equal budgets are not copied again."""
+        self.unlimited = torch.full_like(self.budget_pages, ops.UNLIMITED_PAGES)
         self.scores = torch.empty(scratch_shape, device=device)
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
         group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
-        max_cluster_pages = ops.max_cluster_pages(group_size, spec.head_size, device)
+        shape = (group_size, spec.head_size, device)
         self.in_clusters = (
-            pages <= ops.FAR_FACTOR * max_cluster_pages
+            pages <= ops.max_cluster_pages(*shape, far_keys=True)
             and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
         )
-        self.clusters_need_scores = pages > max_cluster_pages
+        # A layer decodes in clusters or scores pages, never both: one scratch serves.
+        keys_are_far = pages > ops.max_cluster_pages(*shape)
+        self.far_keys = self.scores.view(torch.int32) if keys_are_far else None
         if tokens_per_decode > 1:
-            self.row_seq_lens = torch.zeros_like(self.budgets)
+            self.row_seq_lens = torch.zeros_like(self.budget_pages)
             table_shape = (num_rows, self.max_blocks)
             self.row_tables = torch.zeros(table_shape, dtype=torch.int32, device=device)
 
-    def decode_rows(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodeRows:
+    def plan_decode(self, batch: CommonAttentionMetadata, decodes: Decodes) -> DecodePlan:
         """Lay out the rows of the batch's decodes."""
         num_requests = len(decodes.query_lens)
         seq_lens = batch.seq_lens[:num_requests]
         # vLLM rounds its tables up.
         block_table = batch.block_table_tensor[:num_requests, : self.max_blocks]
-        budgets = decodes.budgets
+        budget_pages = decodes.budget_pages_of_row()
         if not decodes.one_row_each:
-            request = decodes.request_of_row()
-            budgets = budgets[request]
             seq_lens, block_table = self._expand(
-                seq_lens, block_table, request, decodes.tokens_after_row()
+                seq_lens, block_table, decodes.request_of_row(), decodes.tokens_after_row()
             )
-        num_rows = len(budgets)
-        if not np.array_equal(self.budgets_on_device[:num_rows], budgets):
-            self.budgets_on_device[:num_rows] = budgets
-            async_tensor_h2d(budgets, out=self.budgets[:num_rows])
-        return DecodeRows(
-            seq_lens=seq_lens,
-            block_table=block_table,
-            budgets=self.budgets[:num_rows],
+        num_rows = len(budget_pages)
+        if not np.array_equal(self.budget_pages_on_host[:num_rows], budget_pages):
+            self.budget_pages_on_host[:num_rows] = budget_pages
+            async_tensor_h2d(budget_pages, out=self.budget_pages[:num_rows])
+        return DecodePlan(
+            rows=ops.Rows(block_table, seq_lens, self.budget_pages[:num_rows]),
             unlimited=self.unlimited[:num_rows],
             any_sparse=True,
             in_clusters=self.in_clusters,
-            clusters_need_scores=self.clusters_need_scores,
+            far_keys=self.far_keys,
             scores=self.scores,
             pages=self.pages,
             workspace=self.workspace,
