@@ -1,5 +1,7 @@
 """Settings are validated in one place, and every error says which, what and what is allowed."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vllm_quest.config import QuestConfig
@@ -57,3 +59,20 @@ def test_an_impossible_setting_is_named_in_one_line(settings, words):
 @pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (15, 1), (16, 1), (17, 2), (2048, 128)])
 def test_a_budget_is_rounded_up_to_whole_pages(tokens, pages):
     assert QuestConfig(page_size=16).pages(tokens) == pages
+
+
+@pytest.mark.parametrize(
+    "key", ["token_budget", "score", "QUEST", "Quest", "qeust", "quest_config", "quest-settings"]
+)
+def test_settings_beside_their_section_are_refused(key):
+    vllm_config = SimpleNamespace(additional_config={key: {"token_budget": 64}})
+    with pytest.raises(ValueError) as error:
+        QuestConfig.from_vllm(vllm_config)
+    assert repr(key) in str(error.value)
+    assert '"quest": {"token_budget": 2048}' in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["request", "sequence_config", "equest", "ascend", 7])
+def test_keys_of_others_are_none_of_its_business(key):
+    vllm_config = SimpleNamespace(additional_config={key: 1, "quest": {"token_budget": 64}})
+    assert QuestConfig.from_vllm(vllm_config).token_budget == 64

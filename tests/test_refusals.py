@@ -74,13 +74,37 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         ["--decode-context-parallel-size"],
     ),
     "head size": ({"head_dim": 32}, {}, ["head size is 32", "64, 80, 96, 128, 256"]),
-    "quantised KV cache": ({}, {"kv_cache_dtype": "fp8"}, ["fp8", "--kv-cache-dtype"]),
+    "quantised KV cache": (
+        {},
+        {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
+        ["fp8", "set --kv-cache-dtype bfloat16"],
+    ),
+    "another dtype for the KV cache": (
+        {},
+        {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
+        ["--kv-cache-dtype is float16", "bfloat16", "set --kv-cache-dtype auto"],
+    ),
+    "chunked local attention": (
+        {"attention_chunk_size": 8192},
+        {},
+        ["chunked local attention", "--attention-backend"],
+    ),
+    "dual chunk attention": (
+        {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8}},
+        {},
+        ["dual chunk attention", "--hf-overrides", "--attention-backend"],
+    ),
     "page size": (
         {},
         {"quest": {"page_size": 48}},
         ["'page_size'", "48", "block size of 128", "--block-size"],
     ),
     "unknown setting": ({}, {"quest": {"budget": 1}}, ["'budget'", "token_budget"]),
+    "settings beside their section": (
+        {},
+        {"additional_config": {"token_budget": 64}},
+        ["'token_budget'", '{"quest": {"token_budget": 2048}}'],
+    ),
     "bad setting": ({}, {"quest": {"token_budget": "8"}}, ["'token_budget'", "'8'", "integer"]),
 }
 

@@ -32,6 +32,8 @@ logger = init_logger("vllm.quest")
 
 FIELD = "quest_token_budget"
 PREFIX = "quest_"
+MISTAKEN = ("token_budget", "budget", "quest")
+"""Fields that nothing reads, and that a user of QUEST may have meant for FIELD."""
 SERVER_DEFAULT = 0
 """Stands in the table for: this request asked for nothing."""
 
@@ -79,7 +81,8 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
     """Keeps `budget_by_slot`, `[max_num_seqs]` int32 in tokens, in step with vLLM's batch."""
 
     _tables: ClassVar[dict[int, np.ndarray]] = {}
-    _undelivered: ClassVar[list[tuple["weakref.ref[VllmConfig]", str]]] = []
+    _engines: ClassVar[list[tuple["weakref.ref[VllmConfig]", str | None]]] = []
+    """The engines of this process that use QUEST, and why they cannot have budgets, if so."""
 
     def __init__(self, vllm_config: "VllmConfig", *_: Any) -> None:
         slots = vllm_config.scheduler_config.max_num_seqs
@@ -96,8 +99,14 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
         """Remember an engine of this process that uses QUEST; warn if it cannot have budgets."""
         if multiprocessing.current_process().name.startswith("EngineCore"):
             return  # it checks its copy of the configuration anew; requests were checked before
-        if reason := why_undelivered(vllm_config):
-            cls._undelivered.append((weakref.ref(vllm_config), reason))
+        reason = why_undelivered(vllm_config)
+        others = [
+            engine
+            for engine in cls._engines
+            if (other := engine[0]()) is not None and other is not vllm_config
+        ]
+        cls._engines = [*others, (weakref.ref(vllm_config), reason)]
+        if reason is not None:
             logger.warning_once(
                 "QUEST: all requests get the server's token budget, and those that ask for their "
                 "own (%s) are refused: %s",
@@ -113,10 +122,14 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
         vLLM does not say which engine the request is for. One that cannot have budgets makes all
         engines of its process refuse them, for as long as its configuration is alive.
         """
-        if requested_budget(sampling_params.extra_args) == SERVER_DEFAULT:
-            return
-        for vllm_config, reason in cls._undelivered:
-            if vllm_config() is not None:
+        budget = requested_budget(sampling_params.extra_args)
+        for vllm_config, reason in cls._engines:
+            if vllm_config() is None:
+                continue
+            for key in sampling_params.extra_args or {}:
+                if key.lower() in MISTAKEN:
+                    raise ValueError(f"unknown field {key!r}; did you mean {FIELD!r}?")
+            if reason is not None and budget != SERVER_DEFAULT:
                 raise ValueError(f"{FIELD} cannot be served: {reason}; or leave the field out")
 
     def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:

@@ -1,6 +1,7 @@
 """QUEST's settings: one frozen, validated object, read from vLLM's `additional_config["quest"]`."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
@@ -87,11 +88,14 @@ class QuestConfig:
         """Read the settings that a vLLM configuration carries.
 
         Raises:
-            ValueError: see `from_settings`.
+            ValueError: see `from_settings`; or settings stand beside the section.
         """
         additional = vllm_config.additional_config
-        settings = additional.get(SECTION, {}) if isinstance(additional, Mapping) else {}
-        return cls.from_settings(settings)
+        if not isinstance(additional, Mapping):
+            return cls()
+        for key in additional:
+            _refuse_misplaced(key, [field.name for field in fields(cls)])
+        return cls.from_settings(additional.get(SECTION, {}))
 
     def activate(self) -> "QuestConfig":
         """Make these settings those of the model that this process is building or running."""
@@ -127,6 +131,26 @@ def engine_key(vllm_config: "VllmConfig") -> int:
     startup_handshake, calls `__post_init__` again).
     """
     return id(vllm_config.compilation_config)
+
+
+def _refuse_misplaced(key: Any, settings: list[str]) -> None:
+    """Refuse a key beside the section that its user surely meant for QUEST.
+
+    Raises:
+        ValueError: a setting's name, or a name like the section's with other capitals or letters.
+    """
+    if key == SECTION:
+        return
+    words = re.split(r"[^a-z]+", str(key).lower())
+    is_like_section = any(
+        word[:1] == SECTION[0] and difflib.get_close_matches(word, [SECTION], cutoff=0.75)
+        for word in words
+    )
+    if is_like_section or key in settings:
+        raise ValueError(
+            f"additional_config has a key {key!r}, which nothing reads; QUEST's settings go into "
+            f'its section "{SECTION}": {{"{SECTION}": {{"token_budget": 2048}}}}'
+        )
 
 
 def _bad_value(key: str, value: object, allowed: str) -> ValueError:

@@ -13,7 +13,7 @@ from packaging.version import Version
 from vllm_quest.config import QuestConfig
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 VLLM_AT_LEAST, VLLM_BELOW = "0.32", "0.34"
@@ -88,10 +88,12 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
         elif model.runner_type == "pooling":
             yield f"pooling models do not decode; {OTHER_BACKEND}"
         else:
+            yield from _kind_reasons(model)
             yield from _shape_reasons(model.get_head_size(), model.dtype, device)
+            yield from _group_reasons(model, vllm_config.parallel_config, device)
 
     cache = vllm_config.cache_config
-    yield from _cache_dtype_reasons(cache.cache_dtype)
+    yield from _cache_dtype_reasons(cache.cache_dtype, None if model is None else model.dtype)
     if model is not None and model.enable_sleep_mode and device == "cuda":
         yield "sleeping discards what QUEST keeps beside the KV cache; remove --enable-sleep-mode"
     if cache.block_size is not None and cache.block_size % quest.page_size != 0:
@@ -141,7 +143,32 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
     if selector.use_pcp or selector.use_dcp:
         yield "context parallelism is configured; remove it"
     yield from _shape_reasons(selector.head_size, selector.dtype, current_platform.device_type)
-    yield from _cache_dtype_reasons(selector.kv_cache_dtype or "auto")
+    yield from _cache_dtype_reasons(selector.kv_cache_dtype or "auto", selector.dtype)
+
+
+def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
+    """Kinds of attention that a model's configuration tells of."""
+    config = model.hf_text_config
+    if getattr(config, "attention_chunk_size", None) is not None:
+        yield f"the model attends in chunks (chunked local attention); {OTHER_BACKEND}"
+    if getattr(config, "dual_chunk_attention_config", None) is not None:
+        yield (
+            "the model uses dual chunk attention; remove dual_chunk_attention_config from its "
+            f"config.json (--hf-overrides '{{\"dual_chunk_attention_config\": null}}'), or "
+            f"{OTHER_BACKEND}"
+        )
+
+
+def _group_reasons(model: "ModelConfig", parallel: "ParallelConfig", device: str) -> Iterator[str]:
+    """Query heads per KV head that no GPU operator takes."""
+    from vllm_quest.ops import MAX_GROUP_SIZE
+
+    group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    if device == "cuda" and group_size > MAX_GROUP_SIZE:
+        yield (
+            f"it has {group_size} query heads per KV head on each GPU; the GPU operators take "
+            f"{MAX_GROUP_SIZE}: raise --tensor-parallel-size, or {OTHER_BACKEND}"
+        )
 
 
 def _shape_reasons(head_size: int, dtype: torch.dtype, device: str) -> Iterator[str]:
@@ -153,9 +180,17 @@ def _shape_reasons(head_size: int, dtype: torch.dtype, device: str) -> Iterator[
         yield f"its dtype is {dtype}; set --dtype to one of {allowed}"
 
 
-def _cache_dtype_reasons(cache_dtype: str) -> Iterator[str]:
+def _cache_dtype_reasons(cache_dtype: str, dtype: torch.dtype | None) -> Iterator[str]:
+    name = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.")
     if cache_dtype not in KV_CACHE_DTYPES:
+        # It may come from the checkpoint as well, so that leaving the option out is no cure.
+        cure = f"set --kv-cache-dtype {name}" if name in KV_CACHE_DTYPES else "set it to auto"
         yield (
-            f"--kv-cache-dtype is {cache_dtype}; quantised KV caches are not supported yet: "
-            "remove it"
+            f"the KV cache's dtype (--kv-cache-dtype, or the checkpoint's own) is {cache_dtype}; "
+            f"quantised KV caches are not supported yet: {cure}"
+        )
+    elif cache_dtype not in ("auto", name):
+        yield (
+            f"--kv-cache-dtype is {cache_dtype}, and the model's dtype {name}; QUEST keeps keys "
+            "in the model's dtype: set --kv-cache-dtype auto"
         )
