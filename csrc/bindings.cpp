@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "contract.h"
 #include "cpu/dispatch.h"
 
 namespace quest {
@@ -36,27 +37,27 @@ const int32_t* int32s(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.data_ptr());
 }
 
-Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
+Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
              const Sizes& sizes) {
   return {.block_table = int32s(block_table),
           .block_table_stride = block_table.stride(0),
           .seq_lens = int32s(seq_lens),
-          .budgets = int32s(budgets),
+          .budget_pages = int32s(budget_pages),
           .num_rows = static_cast<int>(sizes.num_rows)};
 }
 
 // On the CPU, what the rows ask for can be read: refuse it before it leads out of the tensors.
-void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budgets, const Sizes& sizes,
-                bool has_pages) {
+void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budget_pages,
+                const Sizes& sizes, bool has_pages) {
   for (int64_t row = 0; row < sizes.num_rows; ++row) {
-    const int64_t seq_len = int32s(seq_lens)[row], budget = int32s(budgets)[row];
+    const int64_t seq_len = int32s(seq_lens)[row], budget = int32s(budget_pages)[row];
     const int64_t capacity = sizes.max_pages * sizes.page_size;
     QUEST_CHECK(0 <= seq_len && seq_len <= capacity, op, "values", "seq_lens must be 0 to ",
                 capacity, " tokens, got ", seq_len, " in row ", row);
-    QUEST_CHECK(budget >= 1, op, "values", "budgets must be at least 1 page, got ", budget,
+    QUEST_CHECK(budget >= 1, op, "values", "budget_pages must be at least 1 page, got ", budget,
                 " in row ", row);
     QUEST_CHECK(!has_pages || budget <= sizes.max_selected || budget * sizes.page_size >= seq_len,
-                op, "values", "budgets must be at most max_selected = ", sizes.max_selected,
+                op, "values", "budget_pages must be at most max_selected = ", sizes.max_selected,
                 " pages for longer rows, got ", budget, " in row ", row);
   }
 }
@@ -77,12 +78,13 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
 }
 
 void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-           const Tensor& seq_lens, const Tensor& budgets, int64_t page_size, const Tensor& scores) {
-  const Sizes sizes =
-      check_score(Device::kCpu, query, kv_cache, block_table, seq_lens, budgets, page_size, scores);
-  check_rows("score", seq_lens, budgets, sizes, false);
+           const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
+           const Tensor& scores) {
+  const Sizes sizes = check_score(Device::kCpu, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, scores);
+  check_rows("score", seq_lens, budget_pages, sizes, false);
   kernels().score({.cache = cache_of(kv_cache, sizes),
-                   .rows = rows_of(block_table, seq_lens, budgets, sizes),
+                   .rows = rows_of(block_table, seq_lens, budget_pages, sizes),
                    .query = query.data_ptr(),
                    .scores = static_cast<float*>(scores.data_ptr()),
                    .query_row_stride = query.stride(0),
@@ -92,13 +94,13 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
                    .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)});
 }
 
-void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
-            const Tensor& pages) {
-  const Sizes sizes = check_select(Device::kCpu, scores, seq_lens, budgets, page_size, pages);
-  check_rows("select", seq_lens, budgets, sizes, true);
+void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
+            int64_t page_size, const Tensor& pages) {
+  const Sizes sizes = check_select(Device::kCpu, scores, seq_lens, budget_pages, page_size, pages);
+  check_rows("select", seq_lens, budget_pages, sizes, true);
   kernels().select({.scores = static_cast<const float*>(scores.data_ptr()),
                     .seq_lens = int32s(seq_lens),
-                    .budgets = int32s(budgets),
+                    .budget_pages = int32s(budget_pages),
                     .pages = static_cast<int32_t*>(pages.data_ptr()),
                     .scores_row_stride = scores.stride(0),
                     .scores_head_stride = scores.stride(1),
@@ -110,18 +112,18 @@ void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets,
 }
 
 void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                   const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
+                   const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
                    const std::optional<Tensor>& counters) {
   const char* op = "sparse_decode";
-  Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budgets,
+  Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budget_pages,
                              page_size, out);
   check_selected(op, Device::kCpu, kv_cache, pages, sizes);
-  check_rows("sparse_decode", seq_lens, budgets, sizes, true);
+  check_rows("sparse_decode", seq_lens, budget_pages, sizes, true);
   int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
-                           .rows = rows_of(block_table, seq_lens, budgets, sizes),
+                           .rows = rows_of(block_table, seq_lens, budget_pages, sizes),
                            .query = query.data_ptr(),
                            .pages = int32s(pages),
                            .out = out.data_ptr(),
@@ -137,6 +139,25 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                            .counters = counted});
 }
 
+int64_t contract(std::string name) {
+  struct Constant {
+    const char* name;
+    int64_t value;
+  };
+  constexpr Constant kConstants[] = {{"unsettled_pages", kUnsettledPages},
+                                     {"growing_pages", kGrowingPages},
+                                     {"max_group_size", kMaxGroupSize}};
+  const Constant* found = nullptr;
+  std::string names;
+  for (const Constant& constant : kConstants) {
+    if (name == constant.name) found = &constant;
+    names += (names.empty() ? "" : ", ") + std::string(constant.name);
+  }
+  QUEST_CHECK(found != nullptr, "contract", "values", "name must be one of ", names, ", got ",
+              name);
+  return found->value;
+}
+
 void use_cpu_isa(const std::string& isa) {
   QUEST_CHECK(use_isa(isa), "use_cpu_isa", "values", "isa must be one of ", supported_isas(),
               ", got ", isa);
@@ -149,15 +170,17 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
       "int page_size, str score=\"minmax\") -> ()");
   library.def(
-      "score(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor budgets, "
+      "score(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
+      "budget_pages, "
       "int page_size, Tensor(a!) scores) -> ()");
   library.def(
-      "select(Tensor scores, Tensor seq_lens, Tensor budgets, int page_size, "
+      "select(Tensor scores, Tensor seq_lens, Tensor budget_pages, int page_size, "
       "Tensor(a!) pages) -> ()");
   library.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor budgets, Tensor pages, int page_size, float scale, float soft_cap, "
+      "Tensor budget_pages, Tensor pages, int page_size, float scale, float soft_cap, "
       "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None) -> ()");
+  library.def("contract(str name) -> int");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");
   library.def("use_cpu_isa(str isa) -> ()");
@@ -171,6 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CPU, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CompositeExplicitAutograd, library) {
+  library.impl("contract", TORCH_BOX(&contract));
   library.impl("cpu_isas", TORCH_BOX(&supported_isas));
   library.impl("use_cpu_isa", TORCH_BOX(&use_cpu_isa));
 }

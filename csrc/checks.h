@@ -134,7 +134,7 @@ class Checks {
 
   // Fills in the sizes that the decode rows' own arguments tell.
   void rows(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-            const Tensor& seq_lens, const Tensor& budgets, Sizes& sizes) const {
+            const Tensor& seq_lens, const Tensor& budget_pages, Sizes& sizes) const {
     dtype({"query", query}, kv_cache.scalar_type());
     shape({"query", query}, {-1, -1, sizes.head_size});
     inner_contiguous({"query", query});
@@ -149,11 +149,11 @@ class Checks {
     inner_contiguous({"block_table", block_table});
     sizes.max_blocks = block_table.size(1);
     sizes.max_pages = sizes.max_blocks * (sizes.block_tokens / sizes.page_size);
-    per_row(seq_lens, budgets, sizes);
+    per_row(seq_lens, budget_pages, sizes);
   }
 
-  void per_row(const Tensor& seq_lens, const Tensor& budgets, const Sizes& sizes) const {
-    for (const Arg& arg : {Arg{"seq_lens", seq_lens}, Arg{"budgets", budgets}}) {
+  void per_row(const Tensor& seq_lens, const Tensor& budget_pages, const Sizes& sizes) const {
+    for (const Arg& arg : {Arg{"seq_lens", seq_lens}, Arg{"budget_pages", budget_pages}}) {
       dtype(arg, ScalarType::Int);
       shape(arg, {sizes.num_rows});
       inner_contiguous(arg);
@@ -195,41 +195,43 @@ inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& valu
   return sizes;
 }
 
-// Whether the pages of all rows' tables have room.
-inline void check_scores(const char* op, Device device, const Tensor& kv_cache,
-                         const Tensor& scores, const Sizes& sizes) {
+// A tensor with room for a number for every page of all rows' tables.
+inline void check_room_for_pages(const char* op, Device device, const Tensor& kv_cache,
+                                 const Arg& arg, ScalarType dtype, const Sizes& sizes) {
   const Checks check(op, device);
-  check.device({{"kv_cache", kv_cache}, {"scores", scores}});
-  check.dtype({"scores", scores}, ScalarType::Float);
-  check.shape({"scores", scores}, {sizes.num_rows, sizes.num_kv_heads, -1});
-  QUEST_CHECK(scores.size(2) >= sizes.max_pages, op, "shape", "scores must have room for ",
-              sizes.max_pages, " pages, got ", scores.size(2));
-  check.inner_contiguous({"scores", scores});
+  check.device({{"kv_cache", kv_cache}, arg});
+  check.dtype(arg, dtype);
+  check.shape(arg, {sizes.num_rows, sizes.num_kv_heads, -1});
+  QUEST_CHECK(arg.tensor.size(2) >= sizes.max_pages, op, "shape", arg.name, " must have room for ",
+              sizes.max_pages, " pages, got ", arg.tensor.size(2));
+  check.inner_contiguous(arg);
 }
 
 inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_cache,
-                         const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
-                         int64_t page_size, const Tensor& scores) {
+                         const Tensor& block_table, const Tensor& seq_lens,
+                         const Tensor& budget_pages, int64_t page_size, const Tensor& scores) {
   const Checks check("score", device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
                 {"query", query},
                 {"block_table", block_table},
                 {"seq_lens", seq_lens},
-                {"budgets", budgets},
+                {"budget_pages", budget_pages},
                 {"scores", scores}});
   check.cache(kv_cache, page_size, sizes);
-  check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
-  check_scores("score", device, kv_cache, scores, sizes);
+  check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
+  check_room_for_pages("score", device, kv_cache, {"scores", scores}, ScalarType::Float, sizes);
   return sizes;
 }
 
 inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq_lens,
-                          const Tensor& budgets, int64_t page_size, const Tensor& pages) {
+                          const Tensor& budget_pages, int64_t page_size, const Tensor& pages) {
   const Checks check("select", device);
   Sizes sizes;
-  check.device(
-      {{"scores", scores}, {"seq_lens", seq_lens}, {"budgets", budgets}, {"pages", pages}});
+  check.device({{"scores", scores},
+                {"seq_lens", seq_lens},
+                {"budget_pages", budget_pages},
+                {"pages", pages}});
   check.dtype({"scores", scores}, ScalarType::Float);
   check.shape({"scores", scores}, {-1, -1, -1});
   check.inner_contiguous({"scores", scores});
@@ -238,7 +240,7 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
   sizes.num_kv_heads = scores.size(1);
   sizes.max_pages = scores.size(2);
   sizes.page_size = page_size;
-  check.per_row(seq_lens, budgets, sizes);
+  check.per_row(seq_lens, budget_pages, sizes);
   check.dtype({"pages", pages}, ScalarType::Int);
   check.shape({"pages", pages}, {sizes.num_rows, sizes.num_kv_heads, -1});
   check.inner_contiguous({"pages", pages});
@@ -248,17 +250,17 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
 
 inline Sizes check_decode(const char* op, Device device, const Tensor& query,
                           const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
-                          const Tensor& budgets, int64_t page_size, const Tensor& out) {
+                          const Tensor& budget_pages, int64_t page_size, const Tensor& out) {
   const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
                 {"query", query},
                 {"block_table", block_table},
                 {"seq_lens", seq_lens},
-                {"budgets", budgets},
+                {"budget_pages", budget_pages},
                 {"out", out}});
   check.cache(kv_cache, page_size, sizes);
-  check.rows(query, kv_cache, block_table, seq_lens, budgets, sizes);
+  check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
   check.dtype({"out", out}, query.scalar_type());
   check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});
   check.inner_contiguous({"out", out});

@@ -1,5 +1,5 @@
 // What each stage's CPU kernel is given. Dimension names: see vllm_quest/ops.py. Strides count
-// elements. Lengths and budgets count tokens and pages.
+// elements. Lengths count tokens, budgets count pages.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,10 @@ struct KvCache {
 };
 
 struct Rows {
-  const int32_t* block_table;  // [num_rows, max_blocks]
-  int64_t block_table_stride;  // of num_rows
-  const int32_t* seq_lens;     // [num_rows] tokens
-  const int32_t* budgets;      // [num_rows] pages
+  const int32_t* block_table;   // [num_rows, max_blocks]
+  int64_t block_table_stride;   // of num_rows
+  const int32_t* seq_lens;      // [num_rows] tokens
+  const int32_t* budget_pages;  // [num_rows]
   int num_rows;
 };
 
@@ -51,10 +51,10 @@ struct ScoreParams {
 };
 
 struct SelectParams {
-  const float* scores;      // [num_rows, num_kv_heads, max_pages]
-  const int32_t* seq_lens;  // [num_rows] tokens
-  const int32_t* budgets;   // [num_rows] pages
-  int32_t* pages;           // out: [num_rows, num_kv_heads, max_selected]
+  const float* scores;          // [num_rows, num_kv_heads, max_pages]
+  const int32_t* seq_lens;      // [num_rows] tokens
+  const int32_t* budget_pages;  // [num_rows]
+  int32_t* pages;               // out: [num_rows, num_kv_heads, max_selected]
   int64_t scores_row_stride, scores_head_stride;
   int64_t pages_row_stride, pages_head_stride;
   int num_rows;

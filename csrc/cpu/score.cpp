@@ -114,7 +114,7 @@ void score(const ScoreParams& p) {
   const int num_kv_heads = p.cache.num_kv_heads;
   const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
     const int seq_len = p.rows.seq_lens[row];
-    if (!over_budget(seq_len, p.rows.budgets[row], p.cache.page_size)) return 0;
+    if (!over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)) return 0;
     return static_cast<int64_t>(num_kv_heads) *
            div_up(div_up(seq_len, p.cache.page_size), kTaskPages);
   });

@@ -78,7 +78,7 @@ void select(const SelectParams& p) {
   parallel_for(static_cast<int64_t>(p.num_rows) * p.num_kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
-      const int seq_len = p.seq_lens[row], budget = p.budgets[row];
+      const int seq_len = p.seq_lens[row], budget = p.budget_pages[row];
       if (!over_budget(seq_len, budget, p.page_size)) continue;
       select_pages(p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride,
                    div_up(seq_len, p.page_size), budget,

@@ -41,7 +41,7 @@ Partial partial_at(float* memory, int group_size, int head_size) {
 }
 
 int attended_tokens(const SparseDecodeParams& p, int row) {
-  const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+  const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
   const int page_size = p.cache.page_size;
   if (!over_budget(seq_len, budget, page_size)) return seq_len;
   // The newest page comes last and may be partly filled.
@@ -65,7 +65,7 @@ class TokenRows {
       : cache_(p.cache),
         head_(static_cast<const T*>(p.cache.data) + kv_head * p.cache.head_stride),
         block_table_(p.rows.block_table + row * p.rows.block_table_stride),
-        pages_(over_budget(p.rows.seq_lens[row], p.rows.budgets[row], p.cache.page_size)
+        pages_(over_budget(p.rows.seq_lens[row], p.rows.budget_pages[row], p.cache.page_size)
                    ? p.pages + row * p.pages_row_stride + kv_head * p.pages_head_stride
                    : nullptr) {}
 
@@ -275,7 +275,7 @@ void merge_head(const SparseDecodeParams& p, float* partials, int count, int hea
 
 void count_rows(const SparseDecodeParams& p) {
   for (int row = 0; row < p.rows.num_rows; ++row) {
-    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
     if (seq_len == 0) continue;
     const bool is_sparse = over_budget(seq_len, budget, p.cache.page_size);
     const int64_t heads = p.cache.num_kv_heads;

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../checks.h"
+#include "../contract.h"
 #include "kernels.h"
 
 namespace quest::cuda {
@@ -67,12 +68,12 @@ int32_t* int32s(const Tensor& tensor, int64_t row = 0) {
   return reinterpret_cast<int32_t*>(row_of(tensor, row, sizeof(int32_t)));
 }
 
-Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budgets,
+Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
              int64_t first_row, int64_t num_rows) {
   return {.block_table = int32s(block_table, first_row),
           .block_table_stride = block_table.stride(0),
           .seq_lens = int32s(seq_lens, first_row),
-          .budgets = int32s(budgets, first_row),
+          .budget_pages = int32s(budget_pages, first_row),
           .num_rows = static_cast<int>(num_rows),
           .max_blocks = static_cast<int>(block_table.size(1))};
 }
@@ -123,18 +124,18 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
 }
 
 void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-              const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+              const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
               const Tensor& scores) {
   const char* op = "score";
-  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
-                                  page_size, scores);
+  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, scores);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
   const DeviceGuard guard(kv_cache.get_device_index());
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
     check_launch(op, score({.cache = cache_of(kv_cache, sizes),
-                            .rows = rows_of(block_table, seq_lens, budgets, row, num_rows),
+                            .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
                             .query = row_of(query, row),
                             .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
                             .query_row_stride = query.stride(0),
@@ -146,16 +147,16 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
   });
 }
 
-void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budgets,
+void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
                int64_t page_size, const Tensor& pages) {
   const char* op = "select";
-  const Sizes sizes = check_select(Device::kCuda, scores, seq_lens, budgets, page_size, pages);
+  const Sizes sizes = check_select(Device::kCuda, scores, seq_lens, budget_pages, page_size, pages);
   const DeviceGuard guard(scores.get_device_index());
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
     check_launch(
         op, select({.scores = reinterpret_cast<const float*>(row_of(scores, row, sizeof(float))),
                     .seq_lens = int32s(seq_lens, row),
-                    .budgets = int32s(budgets, row),
+                    .budget_pages = int32s(budget_pages, row),
                     .pages = int32s(pages, row),
                     .scores_row_stride = scores.stride(0),
                     .scores_head_stride = scores.stride(1),
@@ -203,11 +204,11 @@ Workspace check_workspace(const char* op, const Tensor& kv_cache,
 // The parameters of sparse_decode, but for the rows and the selected pages; checked.
 SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
-                                 const Tensor& budgets, int64_t page_size, double scale,
+                                 const Tensor& budget_pages, int64_t page_size, double scale,
                                  double soft_cap, const Tensor& out,
                                  const std::optional<Tensor>& workspace,
                                  const std::optional<Tensor>& counters, Sizes& sizes) {
-  sizes = check_decode(op, Device::kCuda, query, kv_cache, block_table, seq_lens, budgets,
+  sizes = check_decode(op, Device::kCuda, query, kv_cache, block_table, seq_lens, budget_pages,
                        page_size, out);
   int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
   check_cache(op, kv_cache, sizes);
@@ -230,21 +231,21 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
 }
 
 void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                      const Tensor& seq_lens, const Tensor& budgets, const Tensor& pages,
+                      const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                       int64_t page_size, double scale, double soft_cap, const Tensor& out,
                       const std::optional<Tensor>& workspace,
                       const std::optional<Tensor>& counters) {
   const char* op = "sparse_decode";
   Sizes sizes;
   SparseDecodeParams params =
-      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, page_size, scale, soft_cap,
-                    out, workspace, counters, sizes);
+      decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
+                    soft_cap, out, workspace, counters, sizes);
   check_selected(op, Device::kCuda, kv_cache, pages, sizes);
   params.pages_row_stride = pages.stride(0);
   params.pages_head_stride = pages.stride(1);
   const DeviceGuard guard(kv_cache.get_device_index());
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
-    params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
+    params.rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows);
     params.query = row_of(query, row);
     params.pages = int32s(pages, row);
     params.out = row_of(out, row);
@@ -253,49 +254,52 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
 }
 
 void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                       const Tensor& seq_lens, const Tensor& budgets, int64_t page_size,
+                       const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
                        double scale, double soft_cap, const Tensor& out,
                        const std::optional<Tensor>& workspace,
-                       const std::optional<Tensor>& counters, const std::optional<Tensor>& scores,
+                       const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
                        bool follows_write_kv) {
   const char* op = "cluster_decode";
   Sizes sizes;
   SparseDecodeParams params =
-      decode_params(op, query, kv_cache, block_table, seq_lens, budgets, page_size, scale, soft_cap,
-                    out, workspace, counters, sizes);
+      decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
+                    soft_cap, out, workspace, counters, sizes);
   const DeviceGuard guard(kv_cache.get_device_index());
-  const int max_pages = max_cluster_pages(params.cache, params.group_size);
-  QUEST_CHECK(max_pages > 0, op, "device",
+  const int max_near_pages = max_cluster_pages(params.cache, params.group_size, false);
+  QUEST_CHECK(max_near_pages > 0, op, "device",
               "this GPU has no clusters of CTAs: use score, select, sparse_decode");
-  const bool are_wide = sizes.max_pages > max_pages;
-  QUEST_CHECK(!are_wide || scores.has_value(), op, "values", "block_table may hold ", max_pages,
-              " pages a row without scores, got ", sizes.max_pages);
-  QUEST_CHECK(sizes.max_pages <= kFarFactor * max_pages, op, "shape", "block_table may hold ",
-              kFarFactor * max_pages, " pages a row, got ", sizes.max_pages,
-              ": use score, select, sparse_decode");
-  if (are_wide) {
-    check_scores(op, Device::kCuda, kv_cache, *scores, sizes);
-    check_aligned(op, {"scores", *scores}, sizeof(float));
+  // Whether there are far keys is decided here alone; the launcher reads FarKeys::data.
+  const bool has_far_keys = sizes.max_pages > max_near_pages;
+  if (has_far_keys) {
+    const int max_pages = max_cluster_pages(params.cache, params.group_size, true);
+    QUEST_CHECK(far_keys.has_value(), op, "values", "block_table may hold ", max_near_pages,
+                " pages a row without far_keys, got ", sizes.max_pages);
+    QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "block_table may hold ", max_pages,
+                " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
+    const Arg arg = {"far_keys", *far_keys};
+    check_room_for_pages(op, Device::kCuda, kv_cache, arg, ScalarType::Int, sizes);
+    check_aligned(op, arg, sizeof(int32_t));
   }
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
-    params.rows = rows_of(block_table, seq_lens, budgets, row, num_rows);
+    params.rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows);
     params.query = row_of(query, row);
     params.out = row_of(out, row);
-    FarKeys far_keys = {};
-    if (are_wide) {
-      far_keys = {reinterpret_cast<uint32_t*>(row_of(*scores, row, sizeof(float))),
-                  scores->stride(0), scores->stride(1)};
+    FarKeys keys = {};
+    if (has_far_keys) {
+      keys = {.data = reinterpret_cast<uint32_t*>(int32s(*far_keys, row)),
+              .row_stride = far_keys->stride(0),
+              .head_stride = far_keys->stride(1)};
     }
     check_launch(
         op, cluster_decode({.decode = params, .follows_write_kv = follows_write_kv && row == 0},
-                           far_keys, current_stream(kv_cache)));
+                           keys, current_stream(kv_cache)));
   });
 }
 
-int64_t max_cluster_pages_op(int64_t group_size, int64_t head_size) {
+int64_t max_cluster_pages_op(int64_t group_size, int64_t head_size, bool has_far_keys) {
   KvCache cache = {};
   cache.head_size = static_cast<int>(head_size);
-  return max_cluster_pages(cache, static_cast<int>(group_size));
+  return max_cluster_pages(cache, static_cast<int>(group_size), has_far_keys);
 }
 
 std::string cuda_archs() { return QUEST_CUDA_ARCHS; }
@@ -306,10 +310,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
   library.def("decode_workspace_size(int group_size, int head_size) -> int");
   library.def(
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor budgets, int page_size, float scale, float soft_cap, Tensor(a!) out, "
-      "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? scores=None, "
+      "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
+      "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
       "bool follows_write_kv=False) -> ()");
-  library.def("max_cluster_pages(int group_size, int head_size) -> int");
+  library.def("max_cluster_pages(int group_size, int head_size, bool far_keys=False) -> int");
   library.def("cuda_archs() -> str");
 }
 

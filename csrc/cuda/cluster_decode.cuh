@@ -40,7 +40,10 @@ constexpr int kResident = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
 
 constexpr int kRing = 2;             // tiles of a warp, at most
 constexpr int kTableEntries = 1024;  // of a row's block table, kept in shared memory
-constexpr int kFewRowsCtas = 4;      // of a cluster, from which on rows are few
+// Pages of a row with far keys for each page of a row without: the bitmap of its pages takes the
+// place of the keys, a bit that of a key.
+constexpr int kFarFactor = 8 * sizeof(uint32_t);
+constexpr int kFewRowsCtas = 4;  // of a cluster, from which on rows are few
 
 // What the kernel divides by.
 struct Divisors {
@@ -95,8 +98,7 @@ class ClusterDecode {
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   using Bounds = BoundsTile<kHeadSize>;
   static constexpr int kKeysOfMessage = 4;
-  static constexpr int kToldAtOnce = 8;               // CTAs, by a warp
-  static_assert(kFarFactor == 8 * sizeof(uint32_t));  // a bit for each in the place of a key
+  static constexpr int kToldAtOnce = 8;  // CTAs, by a warp
   static constexpr int kFarGroups = 16;  // of keys in device memory, that a warp asks for at once
   // A warp's tile, or at the end its part of the result: [group_size, head_size], rows lie apart
   // against bank conflicts.
@@ -160,7 +162,7 @@ class ClusterDecode {
             table_ + min(divisors.pages_per_block.quotient(first_tile_page() + lane_ % kTilePages),
                          p_.rows.max_blocks - 1))),
         seq_len_(p_.rows.seq_lens[row_]),
-        budget_(p_.rows.budgets[row_]),
+        budget_(p_.rows.budget_pages[row_]),
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {
     if (!follows_write_kv_) wait_for_previous_kernel();
     query_.load(static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
@@ -724,7 +726,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles, kWide
   const Rows& rows = p.decode.rows;
   // Of another row, a thread each: asked for now, needed at the end.
   const int other = min(static_cast<int>(threadIdx.x), rows.num_rows - 1);
-  const int other_len = rows.seq_lens[other], other_budget = rows.budgets[other];
+  const int other_len = rows.seq_lens[other], other_budget = rows.budget_pages[other];
   Decode decode(p, far_keys, divisors, shared_memory, ctas, stages, room);
   if (decode.is_ours()) {
     decode.run();
@@ -733,7 +735,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles, kWide
     release_next_kernel();
   }
   const auto is_shared = [&](int row) {
-    return is_long_dense(rows.seq_lens[row], rows.budgets[row], p.decode.cache.page_size);
+    return is_long_dense(rows.seq_lens[row], rows.budget_pages[row], p.decode.cache.page_size);
   };
   bool any_shared = is_long_dense(other_len, other_budget, p.decode.cache.page_size);
 #pragma unroll 1
@@ -830,8 +832,8 @@ struct ClusterLauncher {
     int ctas = kMaxClusterCtas;
     while (ctas > 1 && alone().clusters[ctas] < pairs) ctas = next_smaller(ctas);
     const bool all_at_once = alone().clusters[ctas] >= pairs;
-    const bool are_wide = rows.max_blocks * cache.pages_per_block > room(shared());
-    const Limits& limits = all_at_once || are_wide ? alone() : shared();
+    const bool need_whole_memory = rows.max_blocks * cache.pages_per_block > room(shared());
+    const Limits& limits = all_at_once || need_whole_memory ? alone() : shared();
     if (limits.clusters[1] == 0) return cudaErrorInvalidConfiguration;
     const int sharing = std::min(pairs * ctas, max_decode_ctas());  // CTAs: long dense rows
     const Divisors divisors = {Divisor(cache.page_size), Divisor(cache.pages_per_block),

@@ -8,7 +8,6 @@
 namespace quest::cuda {
 
 constexpr int kMaxRows = 2048;  // of a launch: what shared memory has room for
-constexpr int kMaxGroupSize = 16;
 
 cudaError_t write_kv(const WriteKvParams&, cudaStream_t stream);
 cudaError_t score(const ScoreParams&, cudaStream_t stream);
@@ -16,14 +15,14 @@ cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);
 
-// Instead of score, select and sparse_decode. Tables of more than max_cluster_pages() a row need
-// far keys, and may have kFarFactor times as many.
-constexpr int kFarFactor = 32;
+// Instead of score, select and sparse_decode. Block tables of more than max_cluster_pages(...,
+// false) pages a row need far keys.
 cudaError_t cluster_decode(const ClusterDecodeParams&, const FarKeys&, cudaStream_t stream);
 
-// Pages of a row whose scores fit cluster_decode's shared memory on the current device, for a
-// cache's element type and head size; 0 where there are no clusters of CTAs (before sm_90).
-int max_cluster_pages(const KvCache&, int group_size);
+// Pages that a row may have in cluster_decode on the current device, for a cache's element type and
+// head size: without far keys those whose keys fit shared memory. 0 where there are no clusters of
+// CTAs (before sm_90).
+int max_cluster_pages(const KvCache&, int group_size, bool has_far_keys);
 
 // CTAs for which sparse_decode's workspace must have room on the current device.
 int max_decode_ctas();

@@ -1,5 +1,5 @@
 // What each stage's CUDA kernel is given. Dimension names: see vllm_quest/ops.py. Strides count
-// elements. Lengths and budgets count tokens and pages, and are read on the device alone.
+// elements. Lengths count tokens, budgets count pages; both are read on the device alone.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +23,10 @@ struct KvCache {
 };
 
 struct Rows {
-  const int32_t* block_table;  // [num_rows, max_blocks]
-  int64_t block_table_stride;  // of num_rows
-  const int32_t* seq_lens;     // [num_rows] tokens
-  const int32_t* budgets;      // [num_rows] pages
+  const int32_t* block_table;   // [num_rows, max_blocks]
+  int64_t block_table_stride;   // of num_rows
+  const int32_t* seq_lens;      // [num_rows] tokens
+  const int32_t* budget_pages;  // [num_rows]
   int num_rows, max_blocks;
 };
 
@@ -52,10 +52,10 @@ struct ScoreParams {
 };
 
 struct SelectParams {
-  const float* scores;      // [num_rows, num_kv_heads, max_pages]
-  const int32_t* seq_lens;  // [num_rows] tokens
-  const int32_t* budgets;   // [num_rows] pages
-  int32_t* pages;           // out: [num_rows, num_kv_heads, max_selected]
+  const float* scores;          // [num_rows, num_kv_heads, max_pages]
+  const int32_t* seq_lens;      // [num_rows] tokens
+  const int32_t* budget_pages;  // [num_rows]
+  int32_t* pages;               // out: [num_rows, num_kv_heads, max_selected]
   int64_t scores_row_stride, scores_head_stride;
   int64_t pages_row_stride, pages_head_stride;
   int num_rows;
@@ -89,9 +89,10 @@ struct ClusterDecodeParams {
   bool follows_write_kv;      // in the stream; all else that is read was there before that
 };
 
-// Scratch of cluster_decode for rows of more pages than max_cluster_pages().
+// Scratch of cluster_decode in device memory: the keys of rows that have more pages than shared
+// memory has room for.
 struct FarKeys {
-  uint32_t* data;  // [num_rows, num_kv_heads, max_pages]; null where no row can be so long
+  uint32_t* data;  // [num_rows, num_kv_heads, max_pages]; null: all rows' keys fit shared memory
   int64_t row_stride, head_stride;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../contract.h"
 #include "../counters.h"
 #include "params.h"
 
@@ -11,12 +12,6 @@ namespace quest::cuda {
 // Tokens beyond which a row that fits its budget is dealt to all CTAs, as a cluster of its own
 // would attend to it for long.
 constexpr int kLongDenseTokens = 8192;
-
-// The budget of rows that fit it and that may read what other rows write in the same step.
-constexpr int kUnsettledPages = INT32_MAX - 1;
-
-// Pages to which a step of one request writes at most: its own token, and those it speculates.
-constexpr int kGrowingPages = 16;
 
 __host__ __device__ constexpr int div_up(int n, int d) { return n / d + (n % d != 0); }
 

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads, kM
   const Schedule schedule = Schedule::build<Score::kThreads>(
       gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
         const int pages = Score::num_pages(p, row);
-        return pages > p.rows.budgets[row] ? div_up(pages, Score::kChunkPages) : 0;
+        return pages > p.rows.budget_pages[row] ? div_up(pages, Score::kChunkPages) : 0;
       });
   Score score(p, shared, tiles, schedule);
   wait_for_previous_kernel();

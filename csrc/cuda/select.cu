@@ -27,9 +27,10 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
   uint4* bitmap = reinterpret_cast<uint4*>(keys + room);
   int* row_end = reinterpret_cast<int*>(bitmap + key_groups(p.max_pages));
 
-  const Schedule schedule = Schedule::build<kThreads>(
-      gridDim.x, p.num_rows, p.num_kv_heads, row_end,
-      [&](int row) { return over_budget(p.seq_lens[row], p.budgets[row], p.page_size) ? 1 : 0; });
+  const Schedule schedule =
+      Schedule::build<kThreads>(gridDim.x, p.num_rows, p.num_kv_heads, row_end, [&](int row) {
+        return over_budget(p.seq_lens[row], p.budget_pages[row], p.page_size) ? 1 : 0;
+      });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
   wait_for_previous_kernel();
   release_next_kernel();
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsResident / kThreads)
   for (int pair = begin; pair < end; ++pair) {
     const Segment segment = schedule.segment(pair);
     const int newest = div_up(p.seq_lens[segment.row], p.page_size) - 1;
-    const int budget = p.budgets[segment.row];
+    const int budget = p.budget_pages[segment.row];
     const float* scores =
         p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride;
     int32_t* pages =

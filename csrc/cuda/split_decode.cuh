@@ -101,7 +101,7 @@ class SplitDecode {
 
   // Tokens that a row attends to.
   static __device__ int num_tokens(const SparseDecodeParams& p, int row) {
-    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budgets[row];
+    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
     const int pages = div_up(seq_len, p.cache.page_size);
     const int unselected = max(0, pages - budget);  // the newest, perhaps partial, is selected
     return seq_len - unselected * p.cache.page_size;
@@ -134,7 +134,7 @@ class SplitDecode {
       for (int row = cta; row < p.rows.num_rows; row += num_ctas) {
         if (is_ours(row)) {
           const int pages = div_up(p.rows.seq_lens[row], p.cache.page_size);
-          count_row(p.counters, p.cache.num_kv_heads, pages, p.rows.budgets[row]);
+          count_row(p.counters, p.cache.num_kv_heads, pages, p.rows.budget_pages[row]);
         }
       }
     }
@@ -169,7 +169,7 @@ class SplitDecode {
     if (planned_rest_ <= half * kHalfTokens) return;
     const int position = tokens - planned_rest_ + half * kHalfTokens;
     int page = position / page_size;
-    if (over_budget(p_.rows.seq_lens[row], p_.rows.budgets[row], page_size)) {
+    if (over_budget(p_.rows.seq_lens[row], p_.rows.budget_pages[row], page_size)) {
       page = load_once(p_.pages + row * p_.pages_row_stride + head * p_.pages_head_stride + page);
     }
     const int token = page * page_size + position % page_size;
