@@ -37,7 +37,8 @@ def test_measured_documents_have_tables():
     """The pattern of the test above finds tables at all."""
     tables = {path.name: len(TABLE.findall(path.read_text())) for path in DOCUMENTS}
     assert tables["README.md"] == 3
-    assert all(tables.values())
+    assert tables["speed.md"] > 5
+    assert tables["accuracy.md"] > 5
 
 
 @document
