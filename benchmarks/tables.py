@@ -1,0 +1,297 @@
+"""Renders the measured tables of README.md and docs/*.md from the JSON of their measurement.
+
+    python -m benchmarks.tables
+
+A table to be rendered has a line above it that names one of RENDERERS, the JSON files and options:
+
+    <!-- table: page_scores benchmarks/results/accuracy/demo_scores/results.json budget=1024 -->
+
+Below the table stands a line with the machine and the command, rendered too. So a number is never
+typed: measure with `--json` (or `--out`), then run this. `tests/test_tables.py` holds that every
+table is what its JSON says.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(
+    r"^<!-- table: (?P<source>.*) -->\n(?P<table>(?:\|.*\n)*)(?P<caption>(?:\n\*Measured .*\n)?)",
+    re.MULTILINE,
+)
+
+Result = dict[str, Any]
+"""What a benchmark wrote: command, machine or machines, rows."""
+
+Cells = dict[str, str]
+"""A table's row: a cell for each column's head."""
+
+FULL = -1
+"""The token budget of full attention."""
+
+MODELS = {"8b": "Llama-3-8B, 32/8 heads", "7b": "Llama-2-7B, 32/32 heads"}
+TRAINED = {"vllm_quest/demo_model": "bundled", "second_model": "second"}
+FILLERS = {"sentences": "sentences", "words": "random words", "text": "Python sources"}
+METHODS = {
+    "full": "full attention",
+    "oracle": "oracle",
+    "quest": "QUEST",
+    "h2o": "H2O",
+    "streaming": "StreamingLLM",
+    "tova": "TOVA",
+}
+"""Names of the methods of `benchmarks.accuracy`, in the order of a table's rows."""
+
+
+def render(text: str) -> str:
+    """A document with each of its marked tables as the JSON has it."""
+
+    def table(marked: re.Match[str]) -> str:
+        name, *words = marked["source"].split()
+        options = dict(word.split("=") for word in words if "=" in word)
+        results = [json.loads((ROOT / word).read_text()) for word in words if "=" not in word]
+        lines = markdown(RENDERERS[name](*results, **options))
+        return f"<!-- table: {marked['source']} -->\n{lines}\n{caption(results)}\n"
+
+    return MARKED.sub(table, text)
+
+
+def markdown(rows: Iterable[Cells]) -> str:
+    """A Markdown table of rows with the same heads."""
+    rows = list(rows)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def caption(results: Iterable[Result]) -> str:
+    """The line below a table: what it was measured on, and how."""
+    parts = []
+    for result in results:
+        machine = result.get("machine") or _parse_machine(result["machines"][0])
+        versions = f"vLLM {machine['vllm']}, torch {machine['torch']}"
+        command = re.sub(r" --(json \S+|report-only)", "", result["command"])
+        parts.append(f"on {machine['device']} ({versions}) by `{command}`")
+    return f"*Measured {'; '.join(parts)}.*"
+
+
+def _parse_machine(text: str) -> dict[str, str]:
+    """A machine as the accuracy reports write it: `device: NVIDIA H200, vllm: 0.32.0, ...`."""
+    return dict(re.findall(r"(device|vllm|torch): (.+?)(?=, (?:vllm|torch): |$)", text))
+
+
+# Speed.
+
+
+def whole_models(result: Result) -> Iterable[Cells]:
+    """Of `gpu_serving.py`: a decode step of a whole model."""
+    for row in result["rows"]:
+        yield {
+            "model": MODELS[row["model"]],
+            "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
+            "FLASH_ATTN (ms)": _ms(row["FLASH_ATTN ms"]),
+            "QUEST (ms)": _ms(row["QUEST ms"]),
+            "speed-up": f"{row['speed']:.2f}x",
+        }
+
+
+def layers(result: Result) -> Iterable[Cells]:
+    """Of `kernels.py`: attention alone, then with the write of keys and values."""
+    for row in result["rows"]:
+        flashinfer = [row[key] for key in row if key.startswith("FlashInfer") and "µs" in key]
+        yield {
+            "rows x context, heads": row["rows x context, heads"],
+            "FA3 (µs)": _us(row["FA3 µs"]),
+            "FlashInfer (µs)": _us(min(flashinfer)),
+            "QUEST, 3 launches (µs)": _us(row["3 launches µs"]),
+            "QUEST (µs)": _us(row["total µs"]),
+            "speed-up over FA3": f"{row['ratio']:.1f}x",
+            "bound": f"{row['limit']:.1f}x",
+            "layer, FA3 (µs)": _us(row["FA3 layer µs"]),
+            "layer, QUEST (µs)": _us(row["layer µs"]),
+            "layer's speed-up": f"{row['layer ratio']:.1f}x",
+        }
+
+
+def budgets(result: Result) -> Iterable[Cells]:
+    """Of `kernels.py --budgets`: attention alone."""
+    for row in result["rows"]:
+        yield {
+            "rows x context, heads": row["rows x context, heads"],
+            "budget (tokens)": str(row["budget"]),
+            "FA3 (µs)": _us(row["FA3 µs"]),
+            "QUEST (µs)": _us(row["total µs"]),
+            "speed-up over FA3": f"{row['ratio']:.1f}x",
+            "bound": f"{row['limit']:.1f}x",
+        }
+
+
+def captures(result: Result) -> Iterable[Cells]:
+    """Of `kernels.py --captured-for`: a case's row, a column for each capture."""
+    cases: dict[str, Cells] = {}
+    for row in result["rows"]:
+        name = row["rows x context, heads"]
+        cells = cases.setdefault(name, {"rows x context, heads": name})
+        cells[f"graph for {row['captured for']} (µs)"] = _us(row["layer µs"])
+    return cases.values()
+
+
+def prefills(result: Result) -> Iterable[Cells]:
+    """Of `prefill.py`: a chunk's write and attention."""
+    for row in result["rows"]:
+        yield {
+            "requests x chunk, heads": row["requests x chunk, heads"],
+            "write, vLLM (µs)": _us(row["FLASH_ATTN write µs"]),
+            "write, QUEST (µs)": _us(row["QUEST write µs"]),
+            "attention, FLASH_ATTN (µs)": _us(row["FLASH_ATTN attention µs"]),
+            "attention, QUEST (µs)": _us(row["QUEST attention µs"]),
+            "speed-up of both": f"{row['layer ratio']:.2f}x",
+        }
+
+
+def cpu_models(result: Result) -> Iterable[Cells]:
+    """Of `cpu_serving.py`: prefill and decoding of a whole model."""
+    for row in result["rows"]:
+        yield {
+            "context (tokens)": in_k(row["context"]),
+            "backend": row["backend"],
+            "prefill (s)": _ms(row["prefill s"]),
+            "decode (ms per token)": _ms(row["ms per token"]),
+            "decode speed-up": f"{row['decode speed']:.2f}x",
+        }
+
+
+def in_k(tokens: int) -> str:
+    return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def _us(time: float) -> str:
+    return f"{time:.1f}" if time < 100 else f"{time:.0f}"
+
+
+def _ms(time: float) -> str:
+    return f"{time:.2f}" if time < 10 else _us(time)
+
+
+# Accuracy: options come as text.
+
+
+def accuracy(
+    *results: Result, task: str, context: str, dense: str, interval: str = "1024"
+) -> Iterable[Cells]:
+    """All methods of one context: a column for each budget, and an interval at one of them."""
+    lines: dict[str, dict[int, Any]] = {}
+    for result in results:
+        for row in _of(result, task, int(context), int(dense)):
+            name = METHODS[row["method"]] + _page_size(result, row["method"])
+            lines.setdefault(name, {})[row["token_budget"]] = row["estimate"]
+    columns = sorted({budget for cells in lines.values() for budget in cells} - {FULL})
+    for name in sorted(lines, key=lambda name: [*METHODS.values()].index(name.split(",")[0])):
+        cells = {_unit(task): name}
+        cells |= {str(budget): _mean(lines[name].get(budget), task) for budget in columns}
+        cells["no limit"] = _mean(lines[name].get(FULL), task)
+        at = lines[name].get(int(interval)) or lines[name].get(FULL)
+        cells[f"95 % interval at {interval}"] = _interval(at, task)
+        yield cells
+
+
+def by_context(result: Result, *, task: str, method: str = "quest") -> Iterable[Cells]:
+    """One method at all contexts and dense layers, with full attention beside it."""
+    rows = [row for row in result["rows"] if row["task"] == task]
+    columns = sorted({row["token_budget"] for row in rows} - {FULL})
+    for context, dense in dict.fromkeys((r["context_tokens"], r["dense_layers"]) for r in rows):
+        found = {
+            row["token_budget"]: row["estimate"]
+            for row in _of(result, task, context, dense)
+            if row["method"] in (method, "full")
+        }
+        yield {
+            "context (tokens)": in_k(context),
+            "dense layers": str(dense),
+            **{str(budget): _mean(found.get(budget), task) for budget in columns},
+            "full attention": _mean(found[FULL], task),
+        }
+
+
+def countings(result: Result, *, context: str, dense: str, budget: str) -> Iterable[Cells]:
+    """The same answers counted as wholes, by their numbers, and by tokens of right ones."""
+    ways = {
+        "whole answers": ("key_value", "estimate"),
+        "numbers of an answer, in their places": ("key_value", "tokens_right"),
+        "answer tokens under teacher forcing": ("perplexity", "tokens_right"),
+    }
+    for way, (task, field) in ways.items():
+        found = {
+            (row["method"], row["token_budget"]): row[field]
+            for row in _of(result, task, int(context), int(dense))
+        }
+        yield {
+            "counted by (% right)": way,
+            "full attention": _mean(found["full", FULL], "key_value"),
+            f"QUEST, {budget} tokens": _mean(found["quest", int(budget)], "key_value"),
+        }
+
+
+def page_scores(*results: Result, budget: str) -> Iterable[Cells]:
+    """QUEST's page scores, a column for each report."""
+    lines: dict[str, Cells] = {}
+    for result in results:
+        settings = result["settings"]
+        head = f"{TRAINED[settings['model']]} model, {FILLERS[settings['filler']]}"
+        for row in result["rows"]:
+            if row["token_budget"] == int(budget):
+                score = f"`{row['method'].removeprefix('quest (').removesuffix(')')}`"
+                line = lines.setdefault(score, {f"right answers (%) at {budget} tokens": score})
+                line[head] = _mean(row["estimate"], "key_value")
+    return lines.values()
+
+
+def _of(result: Result, task: str, context: int, dense: int) -> list[dict[str, Any]]:
+    case = {"task": task, "context_tokens": context, "dense_layers": dense}
+    return [row for row in result["rows"] if case.items() <= row.items()]
+
+
+def _page_size(result: Result, method: str) -> str:
+    """What QUEST's name needs where its pages were not of the default size."""
+    quest = result["settings"]["engine_args"].get("additional_config", {}).get("quest", {})
+    return f", pages of {quest['page_size']}" if method == "quest" and "page_size" in quest else ""
+
+
+def _unit(task: str) -> str:
+    what = "perplexity" if task == "perplexity" else "right answers (%)"
+    return f"{what} by token budget"
+
+
+def _mean(estimate: dict[str, float] | None, task: str) -> str:
+    if estimate is None:
+        return "-"
+    mean = estimate["mean"]
+    return f"{mean:.1f}" if task == "perplexity" else f"{100 * mean:.0f}"
+
+
+def _interval(estimate: dict[str, float] | None, task: str) -> str:
+    if estimate is None:
+        return "-"
+    low, high = estimate["low"], estimate["high"]
+    return f"{low:.1f}-{high:.1f}" if task == "perplexity" else f"{100 * low:.0f}-{100 * high:.0f}"
+
+
+RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
+    renderer.__name__: renderer
+    for renderer in (
+        *(whole_models, layers, budgets, captures, prefills, cpu_models),
+        *(accuracy, by_context, countings, page_scores),
+    )
+}
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        document.write_text(render(document.read_text()))
+
+
+if __name__ == "__main__":
+    main()

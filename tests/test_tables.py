@@ -1,0 +1,77 @@
+"""Every table of README.md and docs/*.md is what its JSON under benchmarks/results/ says."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks.tables import DOCUMENTS, FULL, MARKED, RENDERERS, ROOT, markdown, render
+
+TABLE = re.compile(r"(?:^|\n)([^|\n][^\n]*|)\n((?:\|[^\n]*\n)+)")
+"""A table, with the line above it."""
+
+CHECKED = "<!-- checked by tests/test_readme.py -->"
+CHECKED_HEADS = {"| setting | default | meaning |", "| counter | counts |"}
+"""Heads of the tables that hold no measurement; test_readme.py compares them with the code."""
+
+document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+@document
+def test_tables_are_what_their_json_says(document):
+    """If it fails: `python -m benchmarks.tables`, and read the difference."""
+    text = document.read_text()
+    assert render(text) == text
+
+
+@document
+def test_every_table_has_a_json(document):
+    for above, table in TABLE.findall(document.read_text()):
+        if table.partition("\n")[0] in CHECKED_HEADS:
+            assert above == CHECKED
+        else:
+            assert above.startswith("<!-- table: "), f"no JSON for the table\n{table}"
+
+
+def test_measured_documents_have_tables():
+    """The pattern of the test above finds tables at all."""
+    tables = {path.name: len(TABLE.findall(path.read_text())) for path in DOCUMENTS}
+    assert tables["README.md"] == 3
+    assert tables["speed.md"] > 5
+    assert tables["accuracy.md"] > 5
+
+
+@document
+def test_a_changed_number_is_found(document):
+    text = document.read_text()
+    for marked in MARKED.finditer(text):
+        *_, number = re.finditer(r"\d+", marked["table"])
+        start = marked.start("table")
+        changed = f"{text[: start + number.start()]}7777{text[start + number.end() :]}"
+        assert render(changed) == text
+
+
+def test_every_renderer_is_used():
+    marks = [marked["source"] for path in DOCUMENTS for marked in MARKED.finditer(path.read_text())]
+    assert {mark.split()[0] for mark in marks} == set(RENDERERS)
+
+
+def test_cells_are_the_json_rounded():
+    """Some numbers of the README, computed here from the files themselves."""
+    speed = json.loads((ROOT / "benchmarks/results/gpu_serving.json").read_text())["rows"][-1]
+    readme = (ROOT / "README.md").read_text()
+    assert f" | {speed['FLASH_ATTN ms'] / speed['QUEST ms']:.2f}x |\n" in readme
+
+    rows = json.loads((ROOT / "benchmarks/results/accuracy/demo/results.json").read_text())["rows"]
+    shares = {
+        row["token_budget"]: f"{100 * row['estimate']['mean']:.0f}"
+        for row in rows
+        if row["task"] == "key_value" and row["method"] == "quest"
+        if row["context_tokens"] == 16384 and row["dense_layers"] == 0
+    }
+    assert FULL not in shares
+    assert f"| QUEST | {' | '.join(shares.values())} | - |" in readme
+
+
+def test_markdown():
+    assert markdown([{"a": "1", "b": "2"}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
