@@ -4,6 +4,7 @@
 // smallest chosen one in at most 32 counting passes, whatever the scores; one more pass writes the
 // page numbers in ascending order.
 #include "kernels.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace quest {

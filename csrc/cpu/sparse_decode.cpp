@@ -7,6 +7,7 @@
 #include "../counters.h"
 #include "kernels.h"
 #include "row_tasks.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace quest {
@@ -75,9 +76,9 @@ class TokenRows {
       const int entry = token / cache_.page_size;
       const int page_end = min_of((entry + 1) * cache_.page_size, end);
       const int page = pages_ ? pages_[entry] : entry;
-      const int pages_per_block = cache_.block_tokens / cache_.page_size;
-      const int first_row = page % pages_per_block * cache_.page_size + token % cache_.page_size;
-      const T* from = head_ + block_table_[page / pages_per_block] * cache_.block_stride +
+      const int first_row =
+          page % cache_.pages_per_block * cache_.page_size + token % cache_.page_size;
+      const T* from = head_ + block_table_[page / cache_.pages_per_block] * cache_.block_stride +
                       static_cast<int64_t>(first_row) * 2 * cache_.head_size;
       for (; token < page_end; ++token, from += 2 * cache_.head_size) rows[token - begin] = from;
     }

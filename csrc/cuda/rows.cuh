@@ -5,7 +5,7 @@
 
 #include "../contract.h"
 #include "../counters.h"
-#include "params.h"
+#include "../params.h"
 
 namespace quest::cuda {
 

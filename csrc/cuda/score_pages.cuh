@@ -4,8 +4,8 @@
 // product of the pages' rows of bounds with [low | high], for the whole query group at once.
 #pragma once
 
+#include "../params.h"
 #include "device.cuh"
-#include "params.h"
 #include "tiles.cuh"
 
 namespace quest::cuda {

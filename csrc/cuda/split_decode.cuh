@@ -232,7 +232,7 @@ class SplitDecode {
       shared_.sum[threadIdx.x] = weight.y;
       if (!is_whole) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + threadIdx.x;
-        reinterpret_cast<float2*>(p_.partial_weight)[row] = weight;
+        reinterpret_cast<float2*>(p_.workspace.partial_weight)[row] = weight;
       }
     }
     float factor[kGroupTiles][2];
@@ -268,7 +268,7 @@ class SplitDecode {
             write_out(segment, head, dim, x, shared_.sum[head]);
           } else {
             const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
-            p_.partial_out[row * kHeadSize + dim] = x;
+            p_.workspace.partial_out[row * kHeadSize + dim] = x;
           }
         }
         __syncthreads();
@@ -306,7 +306,7 @@ class SplitDecode {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      shared_.is_last = atomicAdd(&p_.arrivals[first_cta], 1) == last_cta - first_cta;
+      shared_.is_last = atomicAdd(&p_.workspace.arrivals[first_cta], 1) == last_cta - first_cta;
     }
     __syncthreads();
     if (!shared_.is_last) return;
@@ -319,9 +319,10 @@ class SplitDecode {
 #pragma unroll 8
       for (int cta = first_cta; cta <= last_cta; ++cta) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
-        const float2 weight = load_once(reinterpret_cast<const float2*>(p_.partial_weight) + row);
-        const float4 values =
-            load_once(reinterpret_cast<const float4*>(p_.partial_out + row * kHeadSize + dim));
+        const float2 weight =
+            load_once(reinterpret_cast<const float2*>(p_.workspace.partial_weight) + row);
+        const float4 values = load_once(
+            reinterpret_cast<const float4*>(p_.workspace.partial_out + row * kHeadSize + dim));
         const float new_maximum = fmaxf(maximum, weight.x);
         const float old_factor = rescale(maximum, new_maximum);
         const float factor = rescale(weight.x, new_maximum);
@@ -335,7 +336,7 @@ class SplitDecode {
 #pragma unroll
       for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], sum);
     }
-    if (threadIdx.x == 0) p_.arrivals[first_cta] = 0;
+    if (threadIdx.x == 0) p_.workspace.arrivals[first_cta] = 0;
   }
 
   // A row without tokens has no weights: its output is 0.
