@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleO
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_quest import kv_page, plugin
+from vllm_quest import kv_page, layout, plugin
 from vllm_quest.config import QuestConfig
 from vllm_quest.support import DTYPES, KV_CACHE_DTYPES, layer_reasons
 
@@ -42,17 +42,20 @@ class QuestBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         # Never a fixed size: vLLM would split a block, and leave its bounds with the last part.
-        return [MultipleOf(QuestConfig.active().page_size)]
+        quest = QuestConfig.active()
+        return [MultipleOf(layout.unit(quest.page_size, quest.score)[0])]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         # The bounds of 8 pages then lie side by side, and a table has an eighth of the entries.
-        page_size = QuestConfig.active().page_size
-        return max(math.lcm(default_block_size, page_size), 8 * page_size)
+        quest = QuestConfig.active()
+        tokens, _ = layout.unit(quest.page_size, quest.score)
+        return max(math.lcm(default_block_size, tokens), 8 * quest.page_size)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return kv_page.with_bounds(spec, QuestConfig.active().page_size)
+        quest = QuestConfig.active()
+        return kv_page.with_bounds(spec, quest.page_size, quest.score)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

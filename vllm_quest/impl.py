@@ -42,7 +42,18 @@ def choose_by_score(
 ) -> None:
     """QUEST's own choice. On GPUs with clusters of CTAs `ops.cluster_decode` makes it."""
     page_size = impl.quest.page_size
-    ops.score(query, kv_cache, rows, scores, page_size=page_size)
+    if impl.quest.score == "codes":
+        ops.score_codes(
+            query,
+            kv_cache,
+            rows,
+            scores,
+            page_size=page_size,
+            scale=impl.scale,
+            soft_cap=impl.soft_cap,
+        )
+    else:
+        ops.score(query, kv_cache, rows, scores, page_size=page_size)
     ops.select(scores, rows, pages, page_size=page_size, **impl.kept)
 
 
@@ -74,7 +85,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
-        self.kept = {
+        self.kept: dict[str, Any] = {
             "keep_first_pages": self.quest.keep_first_pages,
             "keep_newest_percent": self.quest.keep_newest_percent,
         }
@@ -144,7 +155,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             plan = attn_metadata.decode
             self._decode(layer, query[:num_rows], kv_cache, plan, output[:num_rows], is_dense)
         if attn_metadata.prefill is not None:
-            tokens = kv_page.block_tokens(kv_cache, self.quest.page_size)
+            tokens = kv_page.block_tokens(kv_cache, self.quest.page_size, self.quest.score)
             self.platform.attend_prefill(
                 self.dense,
                 layer,
@@ -158,7 +169,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
     def _write_kv(
         self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
     ) -> None:
-        """Store keys and values, and renew the bounds of the pages they fall into."""
+        """Store keys and values, and renew what the pages they fall into are scored by."""
         if self.has_window:
             self.dense.do_kv_cache_update(layer, key, value, kv_cache, slots)
         else:
@@ -182,6 +193,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             "soft_cap": self.soft_cap,
             "workspace": plan.workspace,
             "counters": plan.counters,
+            "score": self.quest.score,
         }
         if chooses and plan.in_clusters and QuestImpl.chooser is choose_by_score:
             for part, far_keys in plan.cluster_passes():

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from vllm_quest import layout
 from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.decode_plan import DecodePlan, Decodes
@@ -105,13 +106,14 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         )
 
     def _describe_cache(self) -> str:
-        """What the bounds cost: tokens that would fit in their place."""
-        page_size = self.quest.page_size
+        """What bounds or codes cost: tokens that would fit in their place."""
+        unit_tokens, unit_rows = layout.unit(self.quest.page_size, self.quest.score)
         tokens = self.vllm_config.cache_config.num_gpu_blocks * self.kv_cache_spec.block_size
-        tokens_of_bounds = tokens // page_size
+        tokens_of_bounds = tokens // unit_tokens * unit_rows
         share = tokens_of_bounds / (tokens + tokens_of_bounds)
+        name = "codes" if self.quest.score == "codes" else "bounds"
         return (
-            f"The KV cache holds up to {tokens:,} tokens; bounds take the room of "
+            f"The KV cache holds up to {tokens:,} tokens; {name} take the room of "
             f"{tokens_of_bounds:,} more ({share:.1%} of it)."
         )
 
@@ -121,10 +123,12 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
                 f"QUEST expected full attention in layers {self.layer_names[0]}..., got "
                 f"{type(spec).__name__}; choose another --attention-backend"
             )
-        if spec.block_size % self.quest.page_size != 0:
+        tokens, _ = layout.unit(self.quest.page_size, self.quest.score)
+        if spec.block_size % tokens != 0:
             raise ValueError(
-                f"vLLM's block size is {spec.block_size}; expected a multiple of QUEST's "
-                f"page_size, {self.quest.page_size}: set one of them"
+                f"vLLM's block size is {spec.block_size}; expected a multiple of {tokens} with "
+                f"QUEST's page_size {self.quest.page_size} and score {self.quest.score}: set "
+                "--block-size or one of them"
             )
 
     def build(

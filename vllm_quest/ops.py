@@ -1,6 +1,6 @@
 """Typed wrappers of the compiled operators `torch.ops.vllm_quest.*`, one per stage.
 
-The same four operators exist for CPU and CUDA. `vllm_quest/reference.py` says in plain PyTorch
+The same five operators exist for CPU and CUDA. `vllm_quest/reference.py` says in plain PyTorch
 what each computes; `csrc/README.md` says how.
 
 Dimension names, used in Python and C++ alike:
@@ -9,11 +9,18 @@ Dimension names, used in Python and C++ alike:
     num_heads      query heads; num_heads = num_kv_heads * group_size
     block_tokens   tokens of a vLLM block (N); page_size divides it
     block_rows     rows of a block: block_tokens keys|values, then block_tokens / page_size bounds
+                   or, for the score `codes`, 9 for each group of 128 tokens (`layout`)
     max_pages      capacity in pages: max_blocks * block_tokens / page_size
 
 `kv_cache` is `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, fp16, bf16 or (CPU) fp32. Row
 r < block_tokens holds key|value of token r, row block_tokens + p holds minimum|maximum of the keys
 of page p. (block, head) pages are contiguous; the two outer strides are free.
+
+For the score `codes` (`csrc/codes.h`), rows block_tokens + 9 g and the next 7 hold the codes of
+group g, tokens 128 g onwards: the 32-bit word w * 128 + t of them has channels 16 w to 16 w + 15 of
+token t, channel 16 w + 4 j + b in bits 8 b + 2 j and the next. An fp32 cache leaves the last 4 of
+these rows as they are. The ninth row holds offset|step of each channel: a key element is about
+offset + step * code. A group has codes once its last token was written.
 
 The pages of a row are numbered by position: page j covers tokens j * page_size onwards and lies in
 block `block_table[row, j * page_size // block_tokens]`. A row with no more pages than its budget is
@@ -76,12 +83,19 @@ def write_kv(
     page_size: int,
     score: Score = "minmax",
 ) -> None:
-    """Store keys and values in their slots, then recompute the bounds of every touched page.
+    """Store keys and values in their slots, then recompute what pages are scored by.
 
     The bounds are taken anew over the page's filled tokens: those up to the last one written here.
     They are the keys' minimum|maximum, or, for the other scores, center - spread|center + spread,
     computed in fp32 and rounded to the cache's dtype: then `score` gives q·center + |q|·spread,
     an estimate that keys of the page may exceed.
+
+    For `codes` there are no bounds. Every group whose last token is written here is coded anew,
+    from the keys that the cache then holds. Per channel, in fp32 and in the order of the tokens:
+    mean; mean absolute deviation d from it; step = d + d / 4, rounded to the cache's dtype;
+    offset = (mean - step) - step / 2, rounded too. A code is how many of step / 2, step + step / 2
+    and 2 step + step / 2 a key's distance above the offset exceeds. All devices store the same
+    bits.
     The slots of one page are adjacent in `slot_mapping` and ascend, as vLLM makes them.
 
     Args:
@@ -91,8 +105,8 @@ def write_kv(
         slot_mapping: `[num_slots]` int64, block * block_tokens + offset; -1 is padding.
             num_slots <= num_tokens; further tokens are padding too.
         page_size: tokens per page.
-        score: `minmax`, `mean_std` (mean and population standard deviation) or `mid_dev` (middle
-            of minimum and maximum, and mean absolute deviation from it).
+        score: `minmax`, `mean_std` (mean and population standard deviation), `mid_dev` (middle
+            of minimum and maximum, and mean absolute deviation from it) or `codes`.
 
     Raises:
         RuntimeError: an argument's device, dtype, layout or shape is not as above; so for every
@@ -119,6 +133,47 @@ def score(query: Tensor, kv_cache: Tensor, rows: Rows, scores: Tensor, *, page_s
     )
 
 
+def score_codes(
+    query: Tensor,
+    kv_cache: Tensor,
+    rows: Rows,
+    scores: Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> None:
+    """Estimate the attention that every page holds, from the codes of its keys.
+
+    A logit is scale * (q·offset + Σ_d q_d step_d code_d), soft-capped if need be. A page's score is
+    the base-2 logarithm of Σ e^logit over its tokens, the largest over the query heads that share a
+    KV head. Pages of a group that is not full have no codes. They get scores above all others, the
+    higher the newer: `select` takes them before it takes any page for its estimate.
+
+    Args:
+        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        kv_cache: see the module, written with the score `codes`.
+        rows: lengths, tables and budgets.
+        scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
+            ceil(seq_len / page_size) of rows over their budget are written. Page p of a group that
+            is not full gets 2^102 * (2^23 + p).
+        page_size: tokens per page; divides 128.
+        scale: factor of q·k.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
+    """
+    torch.ops.vllm_quest.score_codes(
+        query,
+        kv_cache,
+        rows.block_table,
+        rows.seq_lens,
+        rows.budget_pages,
+        page_size,
+        scale,
+        soft_cap,
+        scores,
+    )
+
+
 def select(
     scores: Tensor,
     rows: Rows,
@@ -135,7 +190,7 @@ def select(
     and deterministic.
 
     Args:
-        scores: `[num_rows, num_kv_heads, >= max_pages]` fp32, from `score`.
+        scores: `[num_rows, num_kv_heads, >= max_pages]` fp32, from `score` or `score_codes`.
         rows: lengths and budgets; budgets of rows over theirs are at most max_selected.
         pages: out, `[num_rows, num_kv_heads, max_selected]` int32: page numbers, ascending, in the
             first budget entries of rows over their budget; the rest is left as it was.
@@ -166,6 +221,7 @@ def sparse_decode(
     soft_cap: float = 0.0,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
+    score: Score = "minmax",
 ) -> None:
     """Attend to the selected pages, or to all of a row that fits its budget.
 
@@ -181,6 +237,7 @@ def sparse_decode(
         workspace: from `decode_workspace`; the CPU needs none.
         counters: added to: `[5]` int64, contiguous, in the order of `counters.Counts`; None to
             count nothing.
+        score: what the cache's pages are scored by: it tells a block's tokens from its other rows.
     """
     torch.ops.vllm_quest.sparse_decode(
         query,
@@ -195,6 +252,7 @@ def sparse_decode(
         out,
         workspace,
         counters,
+        score,
     )
 
 
@@ -213,6 +271,7 @@ def cluster_decode(
     follows_write_kv: bool = False,
     keep_first_pages: int = 0,
     keep_newest_percent: int = 0,
+    score: Score = "minmax",
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
@@ -230,8 +289,9 @@ def cluster_decode(
             UNSETTLED_PAGES.
 
     Raises:
-        RuntimeError: the GPU has no clusters, the block table holds more pages a row than
-            `max_cluster_pages` allows with or without far keys, or what all operators refuse.
+        RuntimeError: the score is `codes`, the GPU has no clusters, the block table holds more
+            pages a row than `max_cluster_pages` allows with or without far keys, or what all
+            operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -249,6 +309,7 @@ def cluster_decode(
         follows_write_kv,
         keep_first_pages,
         keep_newest_percent,
+        score,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from packaging.version import Version
 
-from vllm_quest.config import QuestConfig
+from vllm_quest.config import GROUP_TOKENS, QuestConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -101,6 +101,12 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             f"additional_config['quest']['page_size'] is {quest.page_size}, which does not divide "
             f"vLLM's block size of {cache.block_size}; set page_size to a divisor, or --block-size "
             "to a multiple"
+        )
+    elif quest.score == "codes" and (cache.block_size or 0) % GROUP_TOKENS != 0:
+        yield (
+            f"additional_config['quest']['score'] is 'codes', which needs blocks of a multiple of "
+            f"{GROUP_TOKENS} tokens, and vLLM's block size is {cache.block_size}; set --block-size "
+            f"{GROUP_TOKENS}, or another score"
         )
 
     parallel = vllm_config.parallel_config

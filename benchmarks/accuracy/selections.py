@@ -58,7 +58,7 @@ def choose_oracle(
     num_rows, num_heads, head_size = query.shape
     num_kv_heads, page_size = kv_cache.shape[1], impl.quest.page_size
     group_size = num_heads // num_kv_heads
-    block_tokens = kv_page.block_tokens(kv_cache, page_size)
+    block_tokens = kv_page.block_tokens(kv_cache, page_size, impl.quest.score)
     num_blocks = -(-int(seq_lens.max()) // block_tokens)
     row_bytes = num_blocks * block_tokens * num_kv_heads * head_size * 4
     rows_at_once = max(1, GATHERED_BYTES // row_bytes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_quest import kv_page
+from vllm_quest.config import Score
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Recorder:
                     page_size=impl.quest.page_size,
                     scale=impl.scale,
                     soft_cap=impl.soft_cap,
+                    score=impl.quest.score,
                 )
                 selected = pages[0, :, : int(rows.budget_pages[0])]
                 step = _weigh(mass, selected, impl.num_kv_heads)
@@ -110,6 +112,7 @@ def page_mass(
     page_size: int,
     scale: float,
     soft_cap: float,
+    score: Score = "minmax",
 ) -> Tensor:
     """The attention that each page of a context holds, over all of its tokens.
 
@@ -121,13 +124,14 @@ def page_mass(
         page_size: tokens per page.
         scale: factor of q·k.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
+        score: what the cache's pages are scored by.
 
     Returns:
         `[num_heads, num_pages]` fp32, each row of sum 1.
     """
     num_heads, head_size = query.shape
     num_kv_heads = kv_cache.shape[1]
-    block_tokens = kv_page.block_tokens(kv_cache, page_size)
+    block_tokens = kv_page.block_tokens(kv_cache, page_size, score)
     blocks = block_table[: -(-seq_len // block_tokens)].long()
     num_pages = -(-seq_len // page_size)
     mass = torch.empty(num_heads, num_pages, device=query.device)

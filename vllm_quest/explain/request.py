@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_quest import layout
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.explain.recording import LayerRecord, Recorder
 
@@ -182,7 +183,8 @@ def _start(request: Request, model: "ModelConfig", num_tokens: int) -> "LLM":
     token_bytes = (
         2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
     ) * model.get_total_num_hidden_layers()
-    with_bounds = token_bytes * (request.quest.page_size + 1) // request.quest.page_size
+    unit_tokens, unit_rows = layout.unit(request.quest.page_size, request.quest.score)
+    with_bounds = token_bytes * (unit_tokens + unit_rows) // unit_tokens
     try:
         return LLM(
             request.model,
