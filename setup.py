@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest whose stable ABI has all we use
-STAGES = ("write_kv", "score", "select", "sparse_decode")
+STAGES = ("write_kv", "write_codes", "score", "score_codes", "select", "sparse_decode")
 CUDA_ARCHS = os.environ.get("QUEST_CUDA_ARCHS", "80 86 89 90 100 120").split()  # the last also PTX
 
 

@@ -30,24 +30,29 @@ void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budget_pag
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
               const Tensor& slot_mapping, int64_t page_size, std::string score) {
-  const Sizes sizes = check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size);
-  kernels().write_kv({.cache = cache_of(kv_cache, sizes),
-                      .key = key.data_ptr(),
-                      .value = value.data_ptr(),
-                      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
-                      .key_token_stride = key.stride(0),
-                      .key_head_stride = key.stride(1),
-                      .value_token_stride = value.stride(0),
-                      .value_head_stride = value.stride(1),
-                      .num_slots = static_cast<int>(sizes.num_slots),
-                      .score = check_score_kind(score)});
+  const ScoreKind kind = check_score_kind("write_kv", score);
+  const Sizes sizes =
+      check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size, kind);
+  const WriteKvParams params = {
+      .cache = cache_of(kv_cache, sizes),
+      .key = key.data_ptr(),
+      .value = value.data_ptr(),
+      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+      .key_token_stride = key.stride(0),
+      .key_head_stride = key.stride(1),
+      .value_token_stride = value.stride(0),
+      .value_head_stride = value.stride(1),
+      .num_slots = static_cast<int>(sizes.num_slots),
+      .score = kind};
+  kernels().write_kv(params);
+  if (kind == ScoreKind::kCodes) kernels().write_codes(params);
 }
 
 void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
            const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
            const Tensor& scores) {
-  const Sizes sizes = check_score(Device::kCpu, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, scores);
+  const Sizes sizes = check_score("score", Device::kCpu, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, ScoreKind::kMinMax, scores);
   check_rows("score", seq_lens, budget_pages, sizes, false);
   kernels().score({.cache = cache_of(kv_cache, sizes),
                    .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
@@ -58,6 +63,26 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
                    .scores_row_stride = scores.stride(0),
                    .scores_head_stride = scores.stride(1),
                    .group_size = sizes.group_size()});
+}
+
+void score_codes(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                 const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
+                 double scale, double soft_cap, const Tensor& scores) {
+  const char* op = "score_codes";
+  const Sizes sizes = check_score(op, Device::kCpu, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, ScoreKind::kCodes, scores);
+  check_rows(op, seq_lens, budget_pages, sizes, false);
+  kernels().score_codes({.cache = cache_of(kv_cache, sizes),
+                         .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
+                         .query = query.data_ptr(),
+                         .scores = static_cast<float*>(scores.data_ptr()),
+                         .query_row_stride = query.stride(0),
+                         .query_head_stride = query.stride(1),
+                         .scores_row_stride = scores.stride(0),
+                         .scores_head_stride = scores.stride(1),
+                         .group_size = sizes.group_size(),
+                         .scale = static_cast<float>(scale),
+                         .soft_cap = static_cast<float>(soft_cap)});
 }
 
 void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
@@ -83,10 +108,10 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
-                   const std::optional<Tensor>& counters) {
+                   const std::optional<Tensor>& counters, std::string score) {
   const char* op = "sparse_decode";
   Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budget_pages,
-                             page_size, out);
+                             page_size, check_score_kind(op, score), out);
   check_selected(op, Device::kCpu, kv_cache, pages, sizes);
   check_rows("sparse_decode", seq_lens, budget_pages, sizes, true);
   int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
@@ -114,7 +139,9 @@ int64_t contract(std::string name) {
   };
   constexpr Constant kConstants[] = {{"unsettled_pages", kUnsettledPages},
                                      {"growing_pages", kGrowingPages},
-                                     {"max_group_size", kMaxGroupSize}};
+                                     {"max_group_size", kMaxGroupSize},
+                                     {"group_tokens", kGroupTokens},
+                                     {"group_rows", kGroupRows}};
   const Constant* found = nullptr;
   std::string names;
   for (const Constant& constant : kConstants) {
@@ -142,12 +169,16 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "budget_pages, "
       "int page_size, Tensor(a!) scores) -> ()");
   library.def(
+      "score_codes(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
+      "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) scores) -> ()");
+  library.def(
       "select(Tensor scores, Tensor seq_lens, Tensor budget_pages, int page_size, "
       "Tensor(a!) pages, int keep_first_pages=0, int keep_newest_percent=0) -> ()");
   library.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, Tensor pages, int page_size, float scale, float soft_cap, "
-      "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None) -> ()");
+      "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None, "
+      "str score=\"minmax\") -> ()");
   library.def("contract(str name) -> int");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");
@@ -157,6 +188,7 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CPU, library) {
   library.impl("write_kv", TORCH_BOX(&write_kv));
   library.impl("score", TORCH_BOX(&score));
+  library.impl("score_codes", TORCH_BOX(&score_codes));
   library.impl("select", TORCH_BOX(&select));
   library.impl("sparse_decode", TORCH_BOX(&sparse_decode));
 }

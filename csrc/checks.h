@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 
+#include "codes.h"
 #include "counters.h"
 #include "kept.h"
 #include "score_kind.h"
@@ -111,7 +112,7 @@ class Checks {
   }
 
   // Fills in the sizes that the cache tells.
-  void cache(const Tensor& kv_cache, int64_t page_size, Sizes& sizes) const {
+  void cache(const Tensor& kv_cache, int64_t page_size, ScoreKind kind, Sizes& sizes) const {
     const ScalarType dtype = kv_cache.scalar_type();
     QUEST_CHECK(is_floating(dtype) && !(device_ == Device::kCuda && dtype == ScalarType::Float),
                 op_, "dtype", "kv_cache must be BFloat16 or Half",
@@ -124,15 +125,21 @@ class Checks {
                 row_size, ", 1], got ", join(kv_cache.strides()));
     QUEST_CHECK(page_size > 0 && page_size % 8 == 0, op_, "shape",
                 "page_size must be a positive multiple of 8, got ", page_size);
-    QUEST_CHECK(block_rows > 0 && block_rows % (page_size + 1) == 0, op_, "shape",
-                "kv_cache must hold page_size + 1 = ", page_size + 1,
-                " rows per page (dimension 2 a multiple of it), got ", join(kv_cache.sizes()));
+    const bool is_coded = kind == ScoreKind::kCodes;
+    QUEST_CHECK(!is_coded || kGroupTokens % page_size == 0, op_, "shape", "page_size must divide ",
+                kGroupTokens, ", the tokens of a group of codes, got ", page_size);
+    // A block consists of whole units: a page with its bounds, or a group with its codes.
+    const int64_t unit_tokens = is_coded ? kGroupTokens : page_size;
+    const int64_t unit_rows = unit_tokens + (is_coded ? kGroupRows : 1);
+    QUEST_CHECK(block_rows > 0 && block_rows % unit_rows == 0, op_, "shape", "kv_cache must hold ",
+                unit_rows, " rows per ", unit_tokens,
+                " tokens (dimension 2 a multiple of it), got ", join(kv_cache.sizes()));
     QUEST_CHECK(row_size > 0 && row_size % 32 == 0, op_, "shape",
                 "head_size (half of kv_cache's last dimension) must be a multiple of 16, got ",
                 join(kv_cache.sizes()));
     sizes.num_blocks = kv_cache.size(0);
     sizes.num_kv_heads = kv_cache.size(1);
-    sizes.block_tokens = block_rows / (page_size + 1) * page_size;
+    sizes.block_tokens = block_rows / unit_rows * unit_tokens;
     sizes.head_size = row_size / 2;
     sizes.page_size = page_size;
   }
@@ -170,21 +177,23 @@ class Checks {
   Device device_;
 };
 
-inline ScoreKind check_score_kind(const std::string& score) {
+inline ScoreKind check_score_kind(const char* op, const std::string& score) {
   if (score == "minmax") return ScoreKind::kMinMax;
   if (score == "mean_std") return ScoreKind::kMeanStd;
-  QUEST_CHECK(score == "mid_dev", "write_kv", "values",
-              "score must be minmax, mean_std or mid_dev, got ", score);
-  return ScoreKind::kMidDev;
+  if (score == "mid_dev") return ScoreKind::kMidDev;
+  QUEST_CHECK(score == "codes", op, "values",
+              "score must be minmax, mean_std, mid_dev or codes, got ", score);
+  return ScoreKind::kCodes;
 }
 
 inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& value,
-                            const Tensor& kv_cache, const Tensor& slot_mapping, int64_t page_size) {
+                            const Tensor& kv_cache, const Tensor& slot_mapping, int64_t page_size,
+                            ScoreKind kind) {
   const Checks check("write_kv", device);
   Sizes sizes;
   check.device(
       {{"kv_cache", kv_cache}, {"key", key}, {"value", value}, {"slot_mapping", slot_mapping}});
-  check.cache(kv_cache, page_size, sizes);
+  check.cache(kv_cache, page_size, kind, sizes);
   check.dtypes({{"key", key}, {"value", value}}, kv_cache.scalar_type());
   check.shape({"key", key}, {-1, sizes.num_kv_heads, sizes.head_size});
   check.shape({"value", value}, {key.size(0), sizes.num_kv_heads, sizes.head_size});
@@ -215,10 +224,12 @@ inline void check_room_for_pages(const char* op, Device device, const Tensor& kv
   check.inner_contiguous(arg);
 }
 
-inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_cache,
+// Of `score` and `score_codes`.
+inline Sizes check_score(const char* op, Device device, const Tensor& query, const Tensor& kv_cache,
                          const Tensor& block_table, const Tensor& seq_lens,
-                         const Tensor& budget_pages, int64_t page_size, const Tensor& scores) {
-  const Checks check("score", device);
+                         const Tensor& budget_pages, int64_t page_size, ScoreKind kind,
+                         const Tensor& scores) {
+  const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
                 {"query", query},
@@ -226,9 +237,9 @@ inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_ca
                 {"seq_lens", seq_lens},
                 {"budget_pages", budget_pages},
                 {"scores", scores}});
-  check.cache(kv_cache, page_size, sizes);
+  check.cache(kv_cache, page_size, kind, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
-  check_room_for_pages("score", device, kv_cache, {"scores", scores}, ScalarType::Float, sizes);
+  check_room_for_pages(op, device, kv_cache, {"scores", scores}, ScalarType::Float, sizes);
   return sizes;
 }
 
@@ -268,7 +279,8 @@ inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq
 
 inline Sizes check_decode(const char* op, Device device, const Tensor& query,
                           const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
-                          const Tensor& budget_pages, int64_t page_size, const Tensor& out) {
+                          const Tensor& budget_pages, int64_t page_size, ScoreKind kind,
+                          const Tensor& out) {
   const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
@@ -277,7 +289,7 @@ inline Sizes check_decode(const char* op, Device device, const Tensor& query,
                 {"seq_lens", seq_lens},
                 {"budget_pages", budget_pages},
                 {"out", out}});
-  check.cache(kv_cache, page_size, sizes);
+  check.cache(kv_cache, page_size, kind, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
   check.dtype({"out", out}, query.scalar_type());
   check.shape({"out", out}, {sizes.num_rows, sizes.num_heads, sizes.head_size});

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "codes.h"
+
 namespace quest {
 
 // A budget above every context's pages, for rows that may read pages which another row writes in

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "codes.h"
 #include "kept.h"
 #include "score_kind.h"
 
@@ -53,6 +54,18 @@ struct ScoreParams {
   int64_t query_row_stride, query_head_stride;
   int64_t scores_row_stride, scores_head_stride;
   int group_size;
+};
+
+struct ScoreCodesParams {
+  KvCache cache;
+  Rows rows;
+  const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
+  float* scores;      // out: [num_rows, num_kv_heads, max_pages]
+  int64_t query_row_stride, query_head_stride;
+  int64_t scores_row_stride, scores_head_stride;
+  int group_size;
+  float scale;
+  float soft_cap;  // 0 for none
 };
 
 struct SelectParams {

@@ -1,5 +1,7 @@
-// What a page's two rows of bounds hold, by the setting `score`. The kernel that scores is the same
-// for all: Σ max(q low, q high), which for low, high = center ∓ spread is q center + |q| spread.
+// What pages are scored by, the setting `score`: two bounds in a row of their own, or codes.
+//
+// The kernel that scores is the same for all bounds: Σ max(q low, q high), which for low, high =
+// center ∓ spread is q center + |q| spread.
 #pragma once
 
 namespace quest {
@@ -8,6 +10,7 @@ enum class ScoreKind {
   kMinMax,   // minimum, maximum: no key of the page exceeds its score
   kMeanStd,  // mean ∓ population standard deviation: an estimate
   kMidDev,   // middle of minimum and maximum ∓ mean absolute deviation from it: an estimate
+  kCodes,    // no bounds, but keys in 2 bits: see codes.h
 };
 
 }  // namespace quest

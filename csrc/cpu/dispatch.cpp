@@ -5,7 +5,9 @@
 namespace quest {
 namespace {
 
-#define QUEST_KERNELS(isa) {#isa, isa::write_kv, isa::score, isa::select, isa::sparse_decode}
+#define QUEST_KERNELS(isa)                                                         \
+  {#isa,        isa::write_kv,     isa::write_codes, isa::score, isa::score_codes, \
+   isa::select, isa::sparse_decode}
 
 #ifdef __x86_64__
 // F16C is not asked for: every CPU with AVX2 has it, and clang before 15 does not know the word.

@@ -10,7 +10,9 @@ namespace quest {
 struct Kernels {
   const char* isa;
   void (*write_kv)(const WriteKvParams&);
+  void (*write_codes)(const WriteKvParams&);
   void (*score)(const ScoreParams&);
+  void (*score_codes)(const ScoreCodesParams&);
   void (*select)(const SelectParams&);
   void (*sparse_decode)(const SparseDecodeParams&);
 };

@@ -6,7 +6,9 @@
 #define QUEST_DECLARE_KERNELS(isa)               \
   namespace isa {                                \
   void write_kv(const WriteKvParams&);           \
+  void write_codes(const WriteKvParams&);        \
   void score(const ScoreParams&);                \
+  void score_codes(const ScoreCodesParams&);     \
   void select(const SelectParams&);              \
   void sparse_decode(const SparseDecodeParams&); \
   }

@@ -86,6 +86,7 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline Floats max_of(Floats a, Floats b) { return a < b ? b : a; }
 inline Floats min_of(Floats a, Floats b) { return b < a ? b : a; }
 inline float max_of(float a, float b) { return a < b ? b : a; }
+inline int max_of(int a, int b) { return a < b ? b : a; }
 
 // Load kLanes elements as floats.
 inline Floats load(const float* from) { return load_unaligned<Floats>(from); }
@@ -155,26 +156,26 @@ constexpr int fold_source(int i, int stride) {
 }
 
 // Of every 2 * stride lanes: x's lower half plus its upper half, then the same of y.
-template <int kStride, int... kLane>
-inline Floats fold(Floats x, Floats y, std::integer_sequence<int, kLane...>) {
+template <int kStride, class V, int... kLane>
+inline V fold(V x, V y, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(x, y, fold_source(kLane, kStride)...) +
          __builtin_shufflevector(x, y, (fold_source(kLane, kStride) + kStride)...);
 }
 
 // Sum the lanes of each of kCount vectors; vector i's sum ends in lane i * kLanes / kCount. Lanes
 // are added in the same order whatever kCount.
-template <int kCount, int kStride = kLanes / 2>
-inline Floats sum_each(const Floats (&v)[kCount]) {
+template <int kStride = kLanes / 2, class V, int kCount>
+inline V sum_each(const V (&v)[kCount]) {
   static_assert((kCount & (kCount - 1)) == 0 && kCount <= kLanes, "a power of two, one per lane");
   if constexpr (kStride == 0) {
     return v[0];
   } else {
     constexpr int kFolded = kCount > 1 ? kCount / 2 : 1;
-    Floats folded[kFolded];
+    V folded[kFolded];
     for (int i = 0; i < kFolded; ++i) {
       folded[i] = fold<kStride>(v[i], v[i + kCount / 2], std::make_integer_sequence<int, kLanes>());
     }
-    return sum_each<kFolded, kStride / 2>(folded);
+    return sum_each<kStride / 2>(folded);
   }
 }
 
@@ -198,6 +199,22 @@ inline Floats exp2_nonpositive(Floats x) {
   p = p * fraction + broadcast(1.0f);
   const Ints exponent = bit_cast<Ints>(shifted) << 23;
   return bit_cast<Floats>(bit_cast<Ints>(p) + exponent);
+}
+
+// The logarithm to base 2 of a normal x > 0, to within 2e-7 of 1 or of itself.
+inline Floats log2(Floats x) {
+  // x = 2^exponent * m with m from sqrt(1/2) to sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)).
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const Ints bits = bit_cast<Ints>(x);
+  const Ints exponent = (bits - kSqrtHalf) >> 23;
+  const Floats m = bit_cast<Floats>(bits - (exponent << 23));
+  const Floats s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+  Floats p = broadcast(2 * kLog2e / 9);
+  p = p * s2 + 2 * kLog2e / 7;
+  p = p * s2 + 2 * kLog2e / 5;
+  p = p * s2 + 2 * kLog2e / 3;
+  p = p * s2 + 2 * kLog2e;
+  return p * s + __builtin_convertvector(exponent, Floats);
 }
 
 // tanh through 2^x: with e = 2^(-2|x| log2 e), tanh |x| = (1 - e) / (1 + e).

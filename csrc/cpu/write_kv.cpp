@@ -94,6 +94,8 @@ void write_run(const WriteKvParams& p, int64_t begin, int64_t end) {
              row_bytes);
     }
 
+    if (p.score == ScoreKind::kCodes) continue;  // write_codes comes next
+
     // Take the page's bounds anew, up to the last token written.
     const int first_token = page * cache.page_size;
     write_bounds(rows + first_token * 2 * cache.head_size,

@@ -1,0 +1,221 @@
+// Stage 2 for the score `codes`: estimate the attention that every page holds.
+//
+// A task has kTaskGroups groups of one row and KV head. A lane is a token: its word of 16 channels
+// is masked, not shifted, so that channel i appears multiplied by 2^bit(i), and the query is
+// divided by as much beforehand, with the group's step multiplied in.
+#include "../codes.h"
+#include "kernels.h"
+#include "row_tasks.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace quest {
+namespace QUEST_ISA {
+namespace {
+
+constexpr int kTaskGroups = 8;
+constexpr int kTokenVectors = kRegisters / 8;  // with kMaxHeadTile, half the registers accumulate
+constexpr int kMinPageTokens = 8;
+constexpr int kMaxGroupPages = kGroupTokens / kMinPageTokens;
+constexpr float kLowest = -0x1p126f;
+
+static_assert(kGroupTokens % (kTokenVectors * kLanes) == 0 && kMaxGroupPages % kLanes == 0);
+
+// The query heads of one KV head: as floats, and what a group makes of them.
+struct Query {
+  const float* heads;  // [group_size, head_size]
+  float* scaled;       // [group_size, head_size]: q * step * scale / 2^bit
+  float* constants;    // [group_size]: q·offset * scale
+  float* logits;       // [kMaxHeadTile, kGroupTokens]
+};
+
+template <class T>
+Query load_query(const ScoreCodesParams& p, int row, int kv_head) {
+  const int head_size = p.cache.head_size;
+  const int64_t size = static_cast<int64_t>(p.group_size) * head_size;
+  float* heads = static_cast<float*>(scratch(
+      Scratch::kThread, (2 * size + p.group_size + kMaxHeadTile * kGroupTokens) * sizeof(float)));
+  for (int head = 0; head < p.group_size; ++head) {
+    const T* query = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                     (kv_head * p.group_size + head) * p.query_head_stride;
+    for (int d = 0; d < head_size; d += kLanes) {
+      store_unaligned(heads + head * head_size + d, load(query + d));
+    }
+  }
+  return {heads, heads + size, heads + 2 * size, heads + 2 * size + p.group_size};
+}
+
+constexpr int bit_of(int channel) { return 8 * (channel % 4) + 2 * (channel / 4); }
+
+// Where masked codes lie, as factors: of channels `first` on, 2^-bit. The last channel is shifted.
+Floats unmask(int first) {
+  float factors[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int channel = first + lane;
+    const uint32_t exponent = channel == kWordChannels - 1 ? 0 : bit_of(channel);
+    factors[lane] = bit_cast<float>((127 - exponent) << 23);
+  }
+  return load(factors);
+}
+
+// Multiply a group's scales and the scale of logits into the query.
+template <class T>
+void scale_query(const T* scales,  // [2, head_size] offset | step
+                 const Query& query, int group_size, int head_size, float scale) {
+  for (int head = 0; head < group_size; ++head) {
+    Floats total{};
+    for (int d = 0; d < head_size; d += kLanes) {
+      const Floats q = load(query.heads + head * head_size + d) * scale;
+      total += q * load(scales + d);
+      store_unaligned(query.scaled + head * head_size + d,
+                      q * load(scales + head_size + d) * unmask(d % kWordChannels));
+    }
+    query.constants[head] = sum(total);
+  }
+}
+
+// The logits of kHeads query heads with a group's tokens.
+template <int kHeads>
+void multiply(const uint32_t* words,  // [head_size / 16, kGroupTokens]
+              const uint32_t* next,   // the same of a later group, to be fetched meanwhile
+              const float* scaled, const float* constants, int head_size, float* logits) {
+  for (int token = 0; token < kGroupTokens; token += kTokenVectors * kLanes) {
+    Floats sums[kHeads][kTokenVectors];
+    for (int head = 0; head < kHeads; ++head) {
+      for (Floats& sum : sums[head]) sum = broadcast(constants[head]);
+    }
+    for (int channel = 0; channel < head_size; channel += kWordChannels) {
+      const int64_t at = static_cast<int64_t>(channel / kWordChannels) * kGroupTokens + token;
+      Uints word[kTokenVectors];
+      for (int i = 0; i < kTokenVectors; ++i) {
+        word[i] = load_unaligned<Uints>(words + at + i * kLanes);
+        if (i * sizeof(Uints) % kLineBytes == 0) prefetch(next + at + i * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < kWordChannels; ++k) {
+        Floats codes[kTokenVectors];
+        for (int i = 0; i < kTokenVectors; ++i) {
+          // The highest two bits would make a negative number.
+          const Uints code =
+              k == kWordChannels - 1 ? word[i] >> bit_of(k) : word[i] & (3u << bit_of(k));
+          codes[i] = __builtin_convertvector(bit_cast<Ints>(code), Floats);
+        }
+        for (int head = 0; head < kHeads; ++head) {
+          const float q = scaled[head * head_size + channel + k];
+          for (int i = 0; i < kTokenVectors; ++i) sums[head][i] += codes[i] * q;
+        }
+      }
+    }
+    for (int head = 0; head < kHeads; ++head) {
+      for (int i = 0; i < kTokenVectors; ++i) {
+        store_unaligned(logits + head * kGroupTokens + token + i * kLanes, sums[head][i]);
+      }
+    }
+  }
+}
+
+// Raise each page's score to the mass that a head's logits give it, base 2.
+void raise(float* logits,  // [kGroupTokens]
+           int page_size, float soft_cap, float* scores) {
+  for (int i = 0; i < kGroupTokens; i += kLanes) {
+    const Floats logit = load(logits + i);
+    store_unaligned(logits + i,
+                    soft_cap > 0 ? tanh(logit / soft_cap) * (soft_cap * kLog2e) : logit * kLog2e);
+  }
+  // Of a page of fewer tokens than lanes, the other lanes weigh nothing.
+  const int valid = min_of(page_size, kLanes);
+  float largest[kMaxGroupPages], sums[kMaxGroupPages];
+  for (int page = 0; page < kMaxGroupPages; ++page) sums[page] = 1.0f;
+  const auto lanes_from = [&](const float* from) {
+    Floats lanes = broadcast(kLowest);
+    memcpy(&lanes, from, valid * sizeof(float));
+    return lanes;
+  };
+  for (int page = 0; page * page_size < kGroupTokens; ++page) {
+    const float* of_page = logits + page * page_size;
+    Floats most = lanes_from(of_page);
+    for (int i = valid; i < page_size; i += valid) most = max_of(most, lanes_from(of_page + i));
+    float maximum = most[0];
+    for (int lane = 1; lane < kLanes; ++lane) maximum = max_of(maximum, most[lane]);
+    Floats weights{};
+    for (int i = 0; i < page_size; i += valid) {
+      weights += exp2_nonpositive(lanes_from(of_page + i) - maximum);
+    }
+    largest[page] = maximum;
+    sums[page] = sum(weights);
+  }
+  for (int page = 0; page < kMaxGroupPages; page += kLanes) {
+    float masses[kLanes];
+    store_unaligned(masses, load(largest + page) + log2(load(sums + page)));
+    for (int i = 0; i < kLanes && (page + i) * page_size < kGroupTokens; ++i) {
+      scores[page + i] = max_of(scores[page + i], masses[i]);
+    }
+  }
+}
+
+template <class T>
+void score_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, int end) {
+  const KvCache& cache = p.cache;
+  const int row_size = 2 * cache.head_size, page_size = cache.page_size;
+  const int group_pages = kGroupTokens / page_size,
+            block_groups = cache.block_tokens / kGroupTokens;
+  const int seq_len = p.rows.seq_lens[row];
+  const int32_t* block_table = p.rows.block_table + row * p.rows.block_table_stride;
+  const T* head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride +
+                  static_cast<int64_t>(cache.block_tokens) * row_size;
+  const auto rows_of_group = [&](int group) {
+    return head + block_table[group / block_groups] * cache.block_stride +
+           static_cast<int64_t>(group % block_groups) * kGroupRows * row_size;
+  };
+  float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
+  const Query query = load_query<T>(p, row, kv_head);
+  const int end_full = min_of(end, seq_len / kGroupTokens);
+
+  for (int group = begin; group < end_full; ++group) {
+    const T* rows = rows_of_group(group);
+    const T* next = group + 1 < end_full ? rows_of_group(group + 1) : rows;
+    scale_query(rows + kScalesRow * row_size, query, p.group_size, cache.head_size, p.scale);
+    float* of_group = scores + group * group_pages;
+    for (int page = 0; page < group_pages; ++page) of_group[page] = -__builtin_inff();
+    for_head_tiles(p.group_size, [&]<int kHeads>(int first) {
+      multiply<kHeads>(reinterpret_cast<const uint32_t*>(rows),
+                       reinterpret_cast<const uint32_t*>(next),
+                       query.scaled + first * cache.head_size, query.constants + first,
+                       cache.head_size, query.logits);
+      for (int i = 0; i < kHeads; ++i) {
+        raise(query.logits + i * kGroupTokens, page_size, p.soft_cap, of_group);
+      }
+    });
+  }
+  // A group that is not full is the row's last.
+  const int end_pages = min_of(end * group_pages, div_up(seq_len, page_size));
+  for (int page = max_of(begin, end_full) * group_pages; page < end_pages; ++page) {
+    scores[page] = score_without_codes(page);
+  }
+}
+
+}  // namespace
+
+void score_codes(const ScoreCodesParams& p) {
+  const int num_kv_heads = p.cache.num_kv_heads;
+  const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
+    const int seq_len = p.rows.seq_lens[row];
+    if (!over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)) return 0;
+    return static_cast<int64_t>(num_kv_heads) * div_up(div_up(seq_len, kGroupTokens), kTaskGroups);
+  });
+  with_dtype(p.cache.dtype, [&]<class T>() {
+    parallel_for(tasks.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const RowTask task = tasks[i];
+        const int num_groups = div_up(p.rows.seq_lens[task.row], kGroupTokens);
+        const int num_chunks = div_up(num_groups, kTaskGroups);
+        const int first = task.index % num_chunks * kTaskGroups;
+        score_groups<T>(p, task.row, task.index / num_chunks, first,
+                        min_of(first + kTaskGroups, num_groups));
+      }
+    });
+  });
+}
+
+}  // namespace QUEST_ISA
+}  // namespace quest
