@@ -68,7 +68,9 @@ void for_rows(int64_t num_rows, F f) {
 void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                  const Tensor& slot_mapping, int64_t page_size, std::string score) {
   const char* op = "write_kv";
-  const Sizes sizes = check_write_kv(Device::kCuda, key, value, kv_cache, slot_mapping, page_size);
+  const ScoreKind kind = check_score_kind(op, score);
+  const Sizes sizes =
+      check_write_kv(Device::kCuda, key, value, kv_cache, slot_mapping, page_size, kind);
   check_cache(op, kv_cache, sizes);
   check_aligned(op, {"key", key});
   check_aligned(op, {"value", value});
@@ -76,28 +78,29 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   QUEST_CHECK(sizes.num_blocks * sizes.block_tokens <= kMaxTokens, op, "shape",
               "kv_cache may have ", kMaxTokens, " tokens on a GPU, got ", sizes.num_blocks,
               " blocks of ", sizes.block_tokens);
-  const ScoreKind kind = check_score_kind(score);
   if (sizes.num_slots == 0) return;
   const DeviceGuard guard(kv_cache.get_device_index());
-  check_launch(op, write_kv({.cache = cache_of(kv_cache, sizes),
-                             .key = key.data_ptr(),
-                             .value = value.data_ptr(),
-                             .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
-                             .key_token_stride = key.stride(0),
-                             .key_head_stride = key.stride(1),
-                             .value_token_stride = value.stride(0),
-                             .value_head_stride = value.stride(1),
-                             .num_slots = static_cast<int>(sizes.num_slots),
-                             .score = kind},
-                            current_stream(kv_cache)));
+  const WriteKvParams params = {
+      .cache = cache_of(kv_cache, sizes),
+      .key = key.data_ptr(),
+      .value = value.data_ptr(),
+      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+      .key_token_stride = key.stride(0),
+      .key_head_stride = key.stride(1),
+      .value_token_stride = value.stride(0),
+      .value_head_stride = value.stride(1),
+      .num_slots = static_cast<int>(sizes.num_slots),
+      .score = kind};
+  check_launch(op, write_kv(params, current_stream(kv_cache)));
+  if (kind == ScoreKind::kCodes) check_launch(op, write_codes(params, current_stream(kv_cache)));
 }
 
 void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
               const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
               const Tensor& scores) {
   const char* op = "score";
-  const Sizes sizes = check_score(Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, scores);
+  const Sizes sizes = check_score(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, ScoreKind::kMinMax, scores);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
@@ -113,6 +116,33 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
                             .scores_head_stride = scores.stride(1),
                             .group_size = sizes.group_size()},
                            current_stream(kv_cache)));
+  });
+}
+
+void score_codes_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                    const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
+                    double scale, double soft_cap, const Tensor& scores) {
+  const char* op = "score_codes";
+  const Sizes sizes = check_score(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                  budget_pages, page_size, ScoreKind::kCodes, scores);
+  check_cache(op, kv_cache, sizes);
+  check_group(op, sizes);
+  check_aligned(op, {"query", query});
+  const DeviceGuard guard(kv_cache.get_device_index());
+  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
+    check_launch(op,
+                 score_codes({.cache = cache_of(kv_cache, sizes),
+                              .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
+                              .query = row_of<void>(query, row),
+                              .scores = row_of<float>(scores, row),
+                              .query_row_stride = query.stride(0),
+                              .query_head_stride = query.stride(1),
+                              .scores_row_stride = scores.stride(0),
+                              .scores_head_stride = scores.stride(1),
+                              .group_size = sizes.group_size(),
+                              .scale = static_cast<float>(scale),
+                              .soft_cap = static_cast<float>(soft_cap)},
+                             current_stream(kv_cache)));
   });
 }
 
@@ -172,9 +202,10 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
                                  const Tensor& budget_pages, int64_t page_size, double scale,
                                  double soft_cap, const Tensor& out,
                                  const std::optional<Tensor>& workspace,
-                                 const std::optional<Tensor>& counters, Sizes& sizes) {
+                                 const std::optional<Tensor>& counters, ScoreKind kind,
+                                 Sizes& sizes) {
   sizes = check_decode(op, Device::kCuda, query, kv_cache, block_table, seq_lens, budget_pages,
-                       page_size, out);
+                       page_size, kind, out);
   int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
@@ -195,13 +226,13 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
 void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                       const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                       int64_t page_size, double scale, double soft_cap, const Tensor& out,
-                      const std::optional<Tensor>& workspace,
-                      const std::optional<Tensor>& counters) {
+                      const std::optional<Tensor>& workspace, const std::optional<Tensor>& counters,
+                      std::string score) {
   const char* op = "sparse_decode";
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
-                    soft_cap, out, workspace, counters, sizes);
+                    soft_cap, out, workspace, counters, check_score_kind(op, score), sizes);
   check_selected(op, Device::kCuda, kv_cache, pages, sizes);
   params.pages_row_stride = pages.stride(0);
   params.pages_head_stride = pages.stride(1);
@@ -220,14 +251,17 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        double scale, double soft_cap, const Tensor& out,
                        const std::optional<Tensor>& workspace,
                        const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
-                       bool follows_write_kv, int64_t keep_first_pages,
-                       int64_t keep_newest_percent) {
+                       bool follows_write_kv, int64_t keep_first_pages, int64_t keep_newest_percent,
+                       std::string score) {
   const char* op = "cluster_decode";
+  const ScoreKind kind = check_score_kind(op, score);
+  QUEST_CHECK(kind != ScoreKind::kCodes, op, "values",
+              "score must be made of bounds, got codes: use score_codes, select, sparse_decode");
   const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
-                    soft_cap, out, workspace, counters, sizes);
+                    soft_cap, out, workspace, counters, kind, sizes);
   const DeviceGuard guard(kv_cache.get_device_index());
   const int max_near_pages = max_cluster_pages(params.cache, params.group_size, false);
   QUEST_CHECK(max_near_pages > 0, op, "device",
@@ -277,7 +311,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
       "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
-      "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0) -> ()");
+      "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0, "
+      "str score=\"minmax\") -> ()");
   library.def("max_cluster_pages(int group_size, int head_size, bool far_keys=False) -> int");
   library.def("cuda_archs() -> str");
 }
@@ -285,6 +320,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CUDA, library) {
   library.impl("write_kv", TORCH_BOX(&write_kv_op));
   library.impl("score", TORCH_BOX(&score_op));
+  library.impl("score_codes", TORCH_BOX(&score_codes_op));
   library.impl("select", TORCH_BOX(&select_op));
   library.impl("sparse_decode", TORCH_BOX(&sparse_decode_op));
   library.impl("cluster_decode", TORCH_BOX(&cluster_decode_op));

@@ -121,11 +121,13 @@ class RunWriter {
                        p_.value_token_stride};
       const Extremes<T> extremes =
           skips_tokens ? copy_each(from, column) : copy(from, is_key, page_rows_ + column);
-      if (is_key) store_bounds(extremes, column);
+      if (kHasBounds && is_key) store_bounds(extremes, column);
     }
   }
 
  private:
+  static constexpr bool kHasBounds = kScore != ScoreKind::kCodes;  // else write_codes comes next
+
   // A lane's columns of the run's new keys or values.
   struct New {
     const T* first;
@@ -168,7 +170,7 @@ class RunWriter {
       for (int k = 0; k < kNewInFlight; ++k) {
         if (k < count_ - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
       }
-      if (i == 0 && is_key) read_stored(rows, extremes);
+      if (kHasBounds && i == 0 && is_key) read_stored(rows, extremes);
 #pragma unroll
       for (int k = 0; k < kNewInFlight; ++k) {
         if (k < count_ - i) {
@@ -201,12 +203,16 @@ class RunWriter {
             load_once(from.first + i * from.token_stride));
     }
     Extremes<T> extremes;
-    for (int i = 0; i <= last_; ++i) extremes.add(load_once(page_rows_ + i * row_size() + column));
+    for (int i = 0; kHasBounds && i <= last_; ++i) {
+      extremes.add(load_once(page_rows_ + i * row_size() + column));
+    }
     return extremes;
   }
 
   __device__ void store_bounds(Extremes<T> extremes, int column) const {
-    if constexpr (kScore != ScoreKind::kMinMax) estimate(page_rows_ + column, extremes);
+    if constexpr (kHasBounds && kScore != ScoreKind::kMinMax) {
+      estimate(page_rows_ + column, extremes);
+    }
     store(bounds_ + column, extremes.low);
     store(bounds_ + p_.cache.head_size + column, extremes.high);
   }
@@ -298,6 +304,8 @@ Kernel kernel_for(ScoreKind score) {
       return write_kv_kernel<T, ScoreKind::kMeanStd>;
     case ScoreKind::kMidDev:
       return write_kv_kernel<T, ScoreKind::kMidDev>;
+    case ScoreKind::kCodes:
+      return write_kv_kernel<T, ScoreKind::kCodes>;
   }
   return nullptr;
 }

@@ -1,0 +1,387 @@
+// score_codes: the attention that each page is estimated to hold, for the rows over their budget.
+//
+// A warp has a group of 128 tokens for one KV head. Codes are multiplied as 8-bit integers: a shift
+// and a mask make an operand's register of a word. The query, times the group's steps, is rounded
+// to integers of some 13 bits, each in two bytes, which are two columns of the product: so sums are
+// exact, and the rounding is far below that of the codes.
+//
+// Bytes: 36 * head_size per group and KV head, each read once.
+#include "device.cuh"
+#include "launch.cuh"
+#include "schedule.cuh"
+#include "tiles.cuh"
+
+namespace quest::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kTileHeads = 4;    // query heads of a product: of 8 columns, two for each
+constexpr int kSpanTokens = 32;  // that a load brings a warp, 4 to a lane
+constexpr int kSpans = kGroupTokens / kSpanTokens;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: its low bits are an integer
+constexpr int kMagicBits = 0x4b400000;
+constexpr float kSmallest = 1e-30f;  // products below it count as none
+
+// sum[16 x 8] += a[16 x 32] * b[32 x 8]: bytes 0 to 3 and integers. With lane l = 4 * r + c: a[0]
+// has row r, columns 4c to 4c + 3; a[1] row r + 8; a[2], a[3] the same of columns 16 further on;
+// b0, b1 have column r, rows 4c to 4c + 3 and 16 further on; sum as in Element<T>::mma.
+__device__ __forceinline__ void mma_codes(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <typename T, int kHeadSize, int kTiles>
+class ScoreCodes {
+ public:
+  // A step multiplies 32 channels: 8 for each c, half a word's. Two steps take a word; where a
+  // step is left over, a word serves two neighbouring lanes.
+  static constexpr int kSteps = kHeadSize / 32, kWords = (kSteps + 1) / 2;
+  // Sums of 3 * kHeadSize such integers fit the low bits of kMagic.
+  static constexpr int kMaxInteger = (1 << 22) / (3 * kHeadSize) - 1;
+
+  // Of a query group, for lane 4 * r + c: channels_of(step) of query head 4 * tile + r / 2; the
+  // last head again where there are too few, so that the maximum over all stays the same.
+  struct Shared {
+    Vec query[kTiles][kSteps][kWarpSize];
+  };
+
+  __device__ ScoreCodes(const ScoreCodesParams& p, Shared& shared, const Schedule& schedule)
+      : p_(p),
+        shared_(shared),
+        schedule_(schedule),
+        begin_(schedule.begin(blockIdx.x)),
+        end_(schedule.begin(blockIdx.x + 1)),
+        lane_(threadIdx.x % kWarpSize),
+        warp_(threadIdx.x / kWarpSize),
+        r_(lane_ / 4),
+        c_(lane_ % 4) {
+    look_up(begin_);
+  }
+
+  static __device__ int chunks_of(int seq_len) {
+    return div_up(div_up(seq_len, kGroupTokens), kWarps);
+  }
+
+  // Score a CTA's share of all chunks: a group for each warp.
+  __device__ void run() {
+    Segment segment;
+    for (int number = begin_; number < end_; ++number) {
+      if (number == begin_ || number == segment.first + segment.count) {
+        segment = schedule_.segment(number);
+        __syncthreads();  // before the query is overwritten
+        load_query(segment);
+        __syncthreads();
+      }
+      const int group = (number - segment.first) * kWarps + warp_;
+      const int block = next_block_, seq_len = p_.rows.seq_lens[segment.row];
+      look_up(number + 1);
+      if (group < seq_len / kGroupTokens) {
+        score_group(segment, group, block);
+      } else {
+        score_rest(segment, group, seq_len);
+      }
+    }
+  }
+
+ private:
+  // Where this lane's 8 channels of a step begin.
+  __device__ int channels_of(int step) const {
+    return kSteps % 2 == 0 || step < kSteps - 1
+               ? kWordChannels * (step / 2 * 4 + c_) + 8 * (step % 2)
+               : kWordChannels * (step / 2 * 4) + 8 * c_;
+  }
+
+  // Where this lane's words of a kind lie.
+  __device__ int word_of(int i) const {
+    return kSteps % 2 != 0 && i == kWords - 1 ? 4 * i + c_ / 2 : 4 * i + c_;
+  }
+
+  // Look up where a chunk's group lies.
+  __device__ void look_up(int number) {
+    if (number >= end_) return;
+    if (number == begin_ || number == next_.first + next_.count) next_ = schedule_.segment(number);
+    const int group = (number - next_.first) * kWarps + warp_;
+    if (group < p_.rows.seq_lens[next_.row] / kGroupTokens) {
+      next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
+                              group / block_groups());
+    }
+  }
+
+  __device__ int block_groups() const { return p_.cache.block_tokens / kGroupTokens; }
+
+  __device__ void load_query(const Segment& segment) {
+    for (int i = warp_; i < kTiles * kSteps; i += kWarps) {
+      const int tile = i / kSteps, step = i % kSteps;
+      const int head =
+          segment.head * p_.group_size + min(tile * kTileHeads + r_ / 2, p_.group_size - 1);
+      const T* query = static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
+                       head * p_.query_head_stride;
+      shared_.query[tile][step][lane_] = load_once(query + channels_of(step));
+    }
+  }
+
+  __device__ float* scores_of(const Segment& segment) const {
+    return p_.scores + segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride;
+  }
+
+  // Score the pages of a group that is not full, or does not exist.
+  __device__ void score_rest(const Segment& segment, int group, int seq_len) const {
+    const int page = group * (kGroupTokens / p_.cache.page_size) + lane_;
+    if (lane_ < kGroupTokens / p_.cache.page_size && page < div_up(seq_len, p_.cache.page_size)) {
+      scores_of(segment)[page] = score_without_codes(page);
+    }
+  }
+
+  __device__ void score_group(const Segment& segment, int group, int block) {
+    // Load scales and codes, all at once.
+    const T* rows = static_cast<const T*>(p_.cache.data) + block * p_.cache.block_stride +
+                    segment.head * p_.cache.head_stride +
+                    (p_.cache.block_tokens + group % block_groups() * kGroupRows) * 2 * kHeadSize;
+    const T* scales = rows + kScalesRow * 2 * kHeadSize;
+    Vec offsets[kSteps], steps[kSteps], words[kSpans][kWords];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      offsets[step] = load_once(scales + channels_of(step));
+      steps[step] = load_once(scales + kHeadSize + channels_of(step));
+    }
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        words[span][i] = load_once(reinterpret_cast<const uint32_t*>(rows) +
+                                   word_of(i) * kGroupTokens + span * kSpanTokens + 4 * r_);
+      }
+    }
+
+    // Multiply the query with the offsets, and with the steps.
+    uint32_t integers[kTiles][kSteps][2];
+    float base[kTiles], factor[kTiles];  // a logit is base + factor * integer
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      base[tile] = multiply_offsets(tile, offsets);
+      const float of_column = scale_query(tile, steps, integers[tile]);
+      // This lane's sums are of query head 4 * tile + c, whose columns are 2c and 2c + 1.
+      factor[tile] = __shfl_sync(kAllLanes, of_column, 8 * c_);
+    }
+
+    // Multiply spans of 32 tokens, and sum up pages.
+    Mass mass[kTiles];
+    const int page_size = p_.cache.page_size;
+    float* scores = scores_of(segment) + group * (kGroupTokens / page_size);
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      float logits[kTiles][4];
+      multiply_codes(words[span], integers, logits);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (float& logit : logits[tile]) logit = log2_weight(base[tile] + factor[tile] * logit);
+        mass[tile].add(logits[tile], page_size);
+      }
+      if ((span + 1) * kSpanTokens % min(page_size, kSpanTokens * kSpans) == 0 ||
+          page_size < kSpanTokens) {
+        float score = -INFINITY;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          score = fmaxf(score, mass[tile].log2());
+          mass[tile] = {};
+        }
+        score = fmaxf(score, __shfl_xor_sync(kAllLanes, score, 1));
+        score = fmaxf(score, __shfl_xor_sync(kAllLanes, score, 2));
+        const int token = span * kSpanTokens + 4 * r_;
+        const bool is_first = page_size < kSpanTokens ? token % page_size == 0 : r_ == 0;
+        if (c_ == 0 && is_first) scores[token / page_size] = score;
+      }
+    }
+  }
+
+  // The weights of a page's tokens, which several lanes with the same c may share.
+  struct Mass {
+    float maximum = -INFINITY, sum = 0.0f;
+
+    __device__ void add(const float (&logits)[4], int page_size) {
+      const int lanes = min(page_size, kSpanTokens);  // 4 * r apart, and four tokens each
+      float most = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
+      for (int apart = 4; apart < lanes; apart *= 2) {
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, apart));
+      }
+      most = fmaxf(most, maximum);
+      float weight = 0.0f;
+#pragma unroll
+      for (const float logit : logits) weight += exp2_fast(logit - most);
+      for (int apart = 4; apart < lanes; apart *= 2) {
+        weight += __shfl_xor_sync(kAllLanes, weight, apart);
+      }
+      sum = (maximum == -INFINITY ? 0.0f : sum * exp2_fast(maximum - most)) + weight;
+      maximum = most;
+    }
+
+    __device__ float log2() const { return maximum + __log2f(sum); }
+  };
+
+  // q·offset of query head 4 * tile + c.
+  __device__ float multiply_offsets(int tile, const Vec (&offsets)[kSteps]) const {
+    float sum[4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const Vec q = shared_.query[tile][step][lane_];
+      const auto& x = offsets[step].word;  // all rows alike
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+        const MatrixA a = {{{x[w], x[w + 1]}, {x[w], x[w + 1]}}};
+        Element<T>::mma(sum, a, q.word[w], q.word[w + 1]);
+      }
+    }
+    return sum[0];
+  }
+
+  // The query times the steps, as integers: of the column r, the high bytes of query head
+  // 4 * tile + r / 2, or the low ones. Returns what an integer counts.
+  __device__ float scale_query(int tile, const Vec (&steps)[kSteps],
+                               uint32_t (&integers)[kSteps][2]) const {
+    float products[kSteps][Vec::kElements], largest = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const Vec q = shared_.query[tile][step][lane_];
+#pragma unroll
+      for (int i = 0; i < Vec::kElements; ++i) {
+        products[step][i] = static_cast<float>(reinterpret_cast<const T*>(&q)[i]) *
+                            static_cast<float>(reinterpret_cast<const T*>(&steps[step])[i]);
+        largest = fmaxf(largest, fabsf(products[step][i]));
+      }
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+    const float per_one = largest > kSmallest ? __fdividef(kMaxInteger, largest) : 0.0f;
+
+    // n = 256 * high + low, low from -128 to 127: high is the second byte of n + 128.
+    const bool is_high = r_ % 2 == 0;
+    const float magic = is_high ? kMagic + 128.0f : kMagic;
+    const uint32_t two_bytes = is_high ? 0x0051 : 0x0040;  // of two integers
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t n[Vec::kElements];
+#pragma unroll
+      for (int i = 0; i < Vec::kElements; ++i) {
+        n[i] = __float_as_uint(__fmaf_rn(products[step][i], per_one, magic));
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        integers[step][k] = pack_low(__byte_perm(n[4 * k], n[4 * k + 1], two_bytes),
+                                     __byte_perm(n[4 * k + 2], n[4 * k + 3], two_bytes));
+      }
+    }
+    return largest * (1.0f / kMaxInteger);
+  }
+
+  // The sums of a span's tokens, lane by lane: tokens 4r to 4r + 3, query heads 4 * tile + c.
+  __device__ void multiply_codes(const Vec (&words)[kWords],
+                                 const uint32_t (&integers)[kTiles][kSteps][2],
+                                 float (&sums)[kTiles][4]) const {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {  // of tokens: rows r and r + 8
+      int sum[kTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        sum[tile][0] = sum[tile][2] = 0;
+        sum[tile][1] = sum[tile][3] = kMagicBits;
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t first = words[step / 2].word[2 * pair],
+                 second = words[step / 2].word[2 * pair + 1];
+        const bool is_shared = kSteps % 2 != 0 && step == kSteps - 1;
+        const int shift = 4 * (is_shared ? c_ % 2 : step % 2);
+        first >>= shift;
+        second >>= shift;
+        constexpr uint32_t kMask = 0x03030303;
+        const uint32_t codes[4] = {first & kMask, second & kMask, first >> 2 & kMask,
+                                   second >> 2 & kMask};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          mma_codes(sum[tile], codes, integers[tile][step][0], integers[tile][step][1]);
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int bits = sum[tile][2 * k] * 256 + sum[tile][2 * k + 1];
+          sums[tile][2 * pair + k] = __int_as_float(bits) - kMagic;
+        }
+      }
+    }
+  }
+
+  // The weight of q·k as an exponent of 2.
+  __device__ float log2_weight(float product) const {
+    if (p_.soft_cap > 0.0f) {
+      const float y = exp2_fast(product * __fdividef(p_.scale, p_.soft_cap) * (2.0f * kLog2E));
+      return p_.soft_cap * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;  // of the tangent
+    }
+    return product * (p_.scale * kLog2E);
+  }
+
+  const ScoreCodesParams& p_;
+  Shared& shared_;
+  const Schedule& schedule_;
+  const int begin_, end_;
+  const int lane_, warp_, r_, c_;
+
+  Segment next_;  // of the group to be scored next
+  int next_block_ = 0;
+};
+
+// Registers of a thread: 128 where two CTAs share a multiprocessor, else 255.
+template <int kHeadSize, int kTiles>
+constexpr int kResident = kHeadSize <= 128 && kTiles <= 2 ? 2 : 1;
+
+template <typename T, int kHeadSize, int kTiles>
+__global__ void __launch_bounds__(kThreads, kResident<kHeadSize, kTiles>)
+    score_codes_kernel(const __grid_constant__ ScoreCodesParams p) {
+  // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp groups of them.
+  using ScoreCodes = quest::cuda::ScoreCodes<T, kHeadSize, kTiles>;
+  __shared__ typename ScoreCodes::Shared shared;
+  extern __shared__ int row_end[];  // [num_rows]
+
+  const Schedule schedule = Schedule::build<kThreads>(
+      gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
+        const int seq_len = p.rows.seq_lens[row];
+        return over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)
+                   ? ScoreCodes::chunks_of(seq_len)
+                   : 0;
+      });
+  ScoreCodes score(p, shared, schedule);
+  wait_for_previous_kernel();
+  release_next_kernel();
+  score.run();
+}
+
+template <typename T, int kHeadSize, int kTiles>
+cudaError_t launch_score_codes(const ScoreCodesParams& params, cudaStream_t stream) {
+  return launch(score_codes_kernel<T, kHeadSize, kTiles>,
+                kResident<kHeadSize, kTiles> * num_multiprocessors(), kThreads,
+                params.rows.num_rows * sizeof(int), stream, params);
+}
+
+}  // namespace
+
+cudaError_t score_codes(const ScoreCodesParams& params, cudaStream_t stream) {
+  return for_shape(params.cache, 1, [&](auto shape) {
+    using S = decltype(shape);
+    using T = typename S::Type;
+    constexpr int kHeadSize = S::kHeadSize;
+    if (params.group_size <= kTileHeads) return launch_score_codes<T, kHeadSize, 1>(params, stream);
+    if (params.group_size <= 2 * kTileHeads) {
+      return launch_score_codes<T, kHeadSize, 2>(params, stream);
+    }
+    return launch_score_codes<T, kHeadSize, 4>(params, stream);
+  });
+}
+
+}  // namespace quest::cuda
