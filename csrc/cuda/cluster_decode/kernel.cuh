@@ -32,6 +32,7 @@
 #include "../split_decode.cuh"
 #include "../tiles.cuh"
 #include "layout.cuh"
+#include "table.cuh"
 
 namespace quest::cuda {
 
@@ -55,6 +56,7 @@ class ClusterDecode {
   using Messages = typename Layout::Messages;
   using Tile = quest::cuda::Tile<kHeadSize>;
   using Bounds = BoundsTile<kHeadSize>;
+  using Table = RowTable<Layout::kThreads>;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Layout::kWarps, kThreads = Layout::kThreads;
   static constexpr int kTileBytes = Layout::kTileBytes, kResultPitch = Layout::kResultPitch;
@@ -62,8 +64,8 @@ class ClusterDecode {
   static constexpr int kKeysPerMessage = 4;
   static constexpr int kFarGroups = 16;  // groups of far keys that a warp loads at once
 
-  // Lay out shared memory, load the row's own arguments and the first block-table entries. Then
-  // wait for the previous kernel, unless that is write_kv, and load the query.
+  // Lay out shared memory, and load the first block-table entries, length and budget of the row: no
+  // kernel of this library writes them.
   __device__ ClusterDecode(const ClusterDecodeParams& params, const FarKeys& far_keys,
                            const Divisors& divisors, unsigned char* shared_memory, int ctas,
                            int stages, int room)
@@ -87,15 +89,16 @@ class ClusterDecode {
         rank_(rank_in_cluster()),
         row_(divisors.num_kv_heads.quotient(cluster_number())),
         head_(cluster_number() - row_ * p_.cache.num_kv_heads),
-        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
-        first_entry_(
-            load_once(table_ + min(static_cast<int>(threadIdx.x), p_.rows.max_blocks - 1))),
-        first_tile_entry_(load_once(
-            table_ + min(divisors.pages_per_block.quotient(first_tile_page() + lane_ % kTilePages),
-                         p_.rows.max_blocks - 1))),
+        table_(p_.cache, divisors.pages_per_block,
+               p_.rows.block_table + row_ * p_.rows.block_table_stride, p_.rows.max_blocks,
+               memory_.table, first_tile_page() + lane_ % kTilePages),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_pages_(p_.rows.budget_pages[row_]),
-        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {
+        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {}
+
+  // Wait for the previous kernel, unless it is write_kv: the query was there before that began.
+  // Then load the query group to registers.
+  __device__ void load_query() {
     if (!follows_write_kv_) wait_for_previous_kernel();
     query_.load(static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
                     head_ * p_.group_size * p_.query_head_stride,
@@ -121,11 +124,11 @@ class ClusterDecode {
     cluster_arrive();
 
     // Load the block table, and issue the first bounds before the table arrives.
-    int32_t entries[kMoreEntries];
-    load_entries(entries);
+    typename Table::MoreEntries entries;
+    table_.load(entries, num_pages_);
     if (kFarKeys && is_sparse()) look_ahead(first_tile_page() + tile_step());
     if (is_sparse()) fetch_first_bounds();
-    keep_entries(entries);
+    table_.store(entries, num_pages_);
     memory_.selection.clear();
     if (budget_pages_ == kUnsettledPages) wait_for_previous_kernel();
     query_.store(memory_.query);
@@ -224,62 +227,23 @@ class ClusterDecode {
   __device__ int first_tile_page() const { return (warp_ * ctas_ + rank_) * kTilePages; }
   __device__ int tile_step() const { return kWarps * ctas_ * kTilePages; }
 
-  // A thread puts entries threadIdx.x, threadIdx.x + kThreads, ... of the block table in shared
-  // memory: the first, which the constructor loaded, and kMoreEntries more, loaded at once.
-  static constexpr int kMoreEntries = kTableEntries / kThreads - 1;
-  __device__ int num_blocks() const {
-    return divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
-  }
-  __device__ void load_entries(int32_t (&entries)[kMoreEntries]) const {
-    if (num_blocks() <= kThreads) return;
-#pragma unroll
-    for (int k = 0; k < kMoreEntries; ++k) {
-      const int entry = (k + 1) * kThreads + static_cast<int>(threadIdx.x);
-      entries[k] = load_once(table_ + min(entry, num_blocks() - 1));
-    }
-  }
-  __device__ void keep_entries(const int32_t (&entries)[kMoreEntries]) {
-    memory_.table[threadIdx.x] = first_entry_;
-    if (num_blocks() <= kThreads) return;
-#pragma unroll
-    for (int k = 0; k < kMoreEntries; ++k) {
-      memory_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
-    }
-  }
-
-  // A page of the cache: its block, and its number in the block.
-  struct CachePage {
-    int block, page_in_block;
-  };
-
-  // Where a page of the row lies. `entry(i)` is the i-th entry of the block table.
-  template <typename Entry>
-  __device__ CachePage place_of(int page, Entry entry) const {
-    const int i = divisors_.pages_per_block.quotient(page);
-    return {entry(i), page - i * p_.cache.pages_per_block};
-  }
-  __device__ CachePage look_up(int page) const {
-    return place_of(
-        page, [&](int i) { return i < kTableEntries ? memory_.table[i] : load_once(table_ + i); });
-  }
-
   // Issue the copies of a tile of bounds.
   __device__ void fetch_bounds(int first_page) {
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
     if constexpr (kFarKeys) {
-      copy_bounds_of(first_page, place_of(page, [&](int) { return next_tile_entry_; }));
+      copy_bounds_of(first_page, table_.look_up_next(page));
       look_ahead(first_page + tile_step());
     } else {
-      copy_bounds_of(first_page, look_up(page));
+      copy_bounds_of(first_page, table_.look_up(page));
     }
   }
 
-  // Load the block-table entries of the next tile: most of a long row's table is in device memory.
+  // Load the block-table entries of the next tile.
   __device__ void look_ahead(int first_page) {
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
-    next_tile_entry_ = load_once(table_ + divisors_.pages_per_block.quotient(page));
+    table_.look_ahead(page);
   }
 
   // Issue the copies of this warp's first tile of bounds, before the table is in shared memory.
@@ -287,9 +251,7 @@ class ClusterDecode {
     const int first_page = first_tile_page();
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
-    copy_bounds_of(first_page, place_of(page, [&](int) {
-                     return __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
-                   }));
+    copy_bounds_of(first_page, table_.look_up_first(page, page - first_page));
   }
 
   // Lane l < 16 gives the place of the tile's l-th page.
@@ -374,7 +336,7 @@ class ClusterDecode {
 
   // The offset of a page's keys and values in the cache, in elements.
   __device__ int64_t start_of(int page) const {
-    const CachePage cache_page = look_up(page);
+    const CachePage cache_page = table_.look_up(page);
     return cache_page.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
            cache_page.page_in_block * p_.cache.page_size * Tile::kRowSize;
   }
@@ -655,13 +617,10 @@ class ClusterDecode {
 
   const int ctas_, rank_;  // CTAs of the cluster, and this one's number
   const int row_, head_;
-  const int32_t* const table_;
-  const int32_t first_entry_;       // the first table entry that this thread puts in shared memory
-  const int32_t first_tile_entry_;  // the table entry of this lane's page in the warp's first tile
+  Table table_;
   const int seq_len_, budget_pages_, num_pages_;
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
-  int32_t next_tile_entry_ = 0;        // the entry of this lane's page in the warp's next tile
   RingPosition write_end_, read_end_;  // of this warp's ring
   int best_ = -1;                      // the page that this warp prefetches before pages are chosen
   bool is_best_chosen_ = false;
@@ -688,6 +647,7 @@ __global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles, kFarK
   const int other = min(static_cast<int>(threadIdx.x), rows.num_rows - 1);
   const int other_len = rows.seq_lens[other], other_budget = rows.budget_pages[other];
   Decode decode(p, far_keys, divisors, shared_memory, ctas, stages, room);
+  decode.load_query();
   if (decode.is_ours()) {
     decode.run();
   } else {
