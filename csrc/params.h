@@ -14,8 +14,8 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };  // a GPU takes the first tw
 
 struct KvCache {
   void* data;            // [num_blocks, num_kv_heads, block_rows, 2 * head_size] dtype
-  int64_t block_stride;  // of num_blocks
-  int64_t head_stride;   // of num_kv_heads
+  int64_t block_stride;  // stride of num_blocks
+  int64_t head_stride;   // stride of num_kv_heads
   DType dtype;
   int num_kv_heads;
   int head_size;
@@ -27,7 +27,7 @@ struct KvCache {
 // Decode rows: a query token each.
 struct Rows {
   const int32_t* block_table;   // [num_rows, max_blocks]
-  int64_t block_table_stride;   // of num_rows
+  int64_t block_table_stride;   // stride of num_rows
   const int32_t* seq_lens;      // [num_rows] tokens
   const int32_t* budget_pages;  // [num_rows]
   int num_rows;

@@ -19,7 +19,7 @@ constexpr int kChunkTokens = 32;
 constexpr int kSplitTokens = 512;
 constexpr int kMaxSplits = 32;
 constexpr int kTokenTile = kRegisters / 8;   // with kMaxHeadTile, half the registers accumulate
-constexpr int kVectorTile = kRegisters / 8;  // the same
+constexpr int kVectorTile = kRegisters / 8;  // as kTokenTile
 constexpr float kLowest = -0x1p126f;
 
 static_assert(kSplitTokens % kChunkTokens == 0, "a chunk lies in one split");
@@ -93,8 +93,8 @@ class TokenRows {
 
 template <class T>
 struct Chunk {
-  const T* rows[kChunkTokens];  // key | value of each token
-  const T* next[kChunkTokens];  // what to fetch meanwhile: the next chunk's
+  const T* rows[kChunkTokens];  // [kChunkTokens] key | value of each token
+  const T* next[kChunkTokens];  // the next chunk's rows, prefetched
   int num_tokens;
 };
 

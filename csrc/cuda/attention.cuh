@@ -132,10 +132,10 @@ class WarpAttention {
     const unsigned char* row = tile_rows + Tile::offset(Tile::token_of_row(r_), pitch_);
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
-      float sum[2][4] = {};  // two sums shorten the chain of products
-#pragma unroll 2             // all would need too many registers at a head size of 256
+      float sum[2][4] = {};  // Two sums shorten the chain of products.
+#pragma unroll 2             // Unrolled in full, head size 256 needs too many registers.
       for (int first_j = 0; first_j < kVecs; first_j += 2) {
-        Vec first[2], second[2];  // of rows r and r + 8
+        Vec first[2], second[2];  // rows r and r + 8
         load_two<kVecs>(row, first_j, c_, r_ % 2, first);
         load_two<kVecs>(row + 2 * Tile::kRowBytes, first_j, c_, r_ % 2, second);
 #pragma unroll
@@ -207,7 +207,8 @@ class WarpAttention {
     const unsigned char* rows = tile_rows + c_ * pitch_ + Tile::kRowBytes / 2;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      const int vec = slab * kSlab / Vec::kElements + r_;  // past the head's end: anything
+      const int vec =
+          slab * kSlab / Vec::kElements + r_;  // Past the head's end its values are unused.
       const bool in_head = kHeadSize % kSlab == 0 || vec * Vec::kElements < kHeadSize;
       Vec v[4];
 #pragma unroll

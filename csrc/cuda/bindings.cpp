@@ -20,7 +20,7 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kBytesAtOnce = 16;  // that kernels load
+constexpr int64_t kBytesAtOnce = 16;  // Kernels load 16 bytes at once.
 
 void check_aligned(const char* op, const Arg& arg) {
   const int64_t element_bytes = arg.tensor.element_size();
@@ -165,7 +165,7 @@ DecodeWorkspace check_workspace(const char* op, const Tensor& kv_cache,
           .partial_state = reinterpret_cast<SoftmaxState*>(end)};
 }
 
-// The parameters of sparse_decode, but for the rows and the selected pages; checked.
+// Check the arguments, and fill in the parameters that all rows have in common.
 SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& budget_pages, int64_t page_size, double scale,

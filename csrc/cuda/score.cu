@@ -140,7 +140,7 @@ class Score {
   const int begin_, end_;
   const int lane_, warp_, r_, c_;
 
-  RingPosition write_end_, read_end_;  // of this warp's ring
+  RingPosition write_end_, read_end_;  // this warp's ring
   Segment next_;                       // the segment of the tile that is copied next
   bool has_next_ = false;
   int next_block_ = 0, next_page_ = 0;  // this lane's page of that tile: block, number in the block

@@ -90,10 +90,10 @@ __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query q
   // Multiply: minima with low, maxima with high.
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const bool is_swapped = !kPadded && r % 2 != 0;
-  float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
+  float sum[kGroupTiles][2][4] = {};  // Two sums shorten the chain of products.
 #pragma unroll kUnroll
   for (int first_j = 0; first_j < kVecs; first_j += 2) {
-    Vec bounds[2][2][2];  // of rows r and r + 8: minima and maxima, two vectors
+    Vec bounds[2][2][2];  // [row r or r + 8][minima or maxima][vector]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

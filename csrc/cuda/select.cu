@@ -12,7 +12,7 @@ namespace quest::cuda {
 namespace {
 
 constexpr int kThreadsPerMultiprocessor = 1024;  // Each thread then has up to 64 registers.
-constexpr int kLoadsInFlight = 8;                // of a thread
+constexpr int kLoadsInFlight = 8;                // loads in flight in each thread
 constexpr int kMaxKeys = 16384;  // Shared memory keeps so many keys; more are loaded every time.
 
 template <int kThreads>

@@ -351,10 +351,10 @@ class SplitDecode {
   const int cta_;          // this CTA's number in the schedule
   const int begin_, end_;  // this CTA's chunks
 
-  RingPosition write_end_, read_end_;  // of this warp's ring
+  RingPosition write_end_, read_end_;  // this warp's ring
   int planned_;                        // chunk of the first planned tile
   int planned_rest_ = 0;               // positions from the start of this lane's planned tile
-  int64_t planned_start_ = 0;          // of its half in the cache, in elements
+  int64_t planned_start_ = 0;          // the offset of this lane's half in the cache, in elements
 
   const int lane_, warp_, r_, c_;
 

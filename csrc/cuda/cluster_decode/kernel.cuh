@@ -42,7 +42,7 @@ constexpr int kReceiversAtOnce = 8;  // CTAs to which a warp sends keys at once
 // The numbers that the kernel divides by.
 struct Divisors {
   Divisor page_size, pages_per_block, num_kv_heads;
-  Divisor ctas;   // of a cluster
+  Divisor ctas;   // CTAs of a cluster
   Divisor share;  // elements, see ClusterLayout
 };
 
@@ -621,7 +621,7 @@ class ClusterDecode {
   const int seq_len_, budget_pages_, num_pages_;
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
-  RingPosition write_end_, read_end_;  // of this warp's ring
+  RingPosition write_end_, read_end_;  // this warp's ring
   int best_ = -1;                      // the page that this warp prefetches before pages are chosen
   bool is_best_chosen_ = false;
   int num_taken_ = 0;          // chosen pages among all warps' best pages

@@ -18,7 +18,7 @@ struct ClusterLauncher {
   // What the current device has room for, with so many stages to a warp's ring.
   struct Limits {
     int stages;
-    int shared_bytes;                   // of a CTA
+    int shared_bytes;                   // dynamic shared memory of a CTA
     int clusters[kMaxClusterCtas + 1];  // clusters that run at once, by their number of CTAs
   };
 

@@ -44,8 +44,8 @@ struct ClusterLayout {
   // barrier at one address as a race.
   struct alignas(16) Barriers {
     Barrier tiles[kWarps][kMaxStages];  // the warps' rings
-    Barrier scores;                     // from all CTAs: keys and WarpPages
-    Barrier parts;                      // from all CTAs: merged values and states
+    Barrier scores;                     // messages of all CTAs: keys and WarpPages
+    Barrier parts;                      // messages of all CTAs: values and states to merge
   };
 
   struct alignas(kLineBytes) Memory {
@@ -60,7 +60,7 @@ struct ClusterLayout {
   // A CTA's messages to all CTAs of its cluster.
   struct Messages {
     WarpPages warps[kWarps];
-    SoftmaxState state[kHeads];  // of the heads in the receiver's share
+    SoftmaxState state[kHeads];  // states of the heads in the receiver's share
   };
 
   // A warp's tile. At the end it holds the warp's result, [kHeads, kResultPitch] fp32; the pitch
