@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "device.cuh"
+
 namespace quest::cuda {
 
 constexpr int kMaxClusterCtas = 16;  // Every GPU has clusters of 8 CTAs; some allow 16.
@@ -83,5 +85,28 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, const uint4&
       : "memory");
 #endif
 }
+
+// This CTA in its cluster, and messages to the cluster's CTAs.
+struct ClusterCta {
+  int ctas, rank;  // CTAs of the cluster, and this one's number
+
+  // Write a message to any CTA of the cluster. `to` and `barrier` are this CTA's addresses of the
+  // target and of the barrier that counts it. The receiver reads it after wait_for(barrier).
+  template <typename Message, typename Target>
+  __device__ void tell(int cta, Target* to, const Barrier& barrier, const Message& message) const {
+    if (ctas == 1) {
+      *reinterpret_cast<Message*>(to) = message;
+    } else {
+      send(address_in(to, cta), address_in(&barrier, cta), message);
+    }
+  }
+  __device__ void wait_for(const Barrier& barrier) const {
+    if (ctas == 1) {
+      __syncthreads();
+    } else {
+      barrier.wait(0);
+    }
+  }
+};
 
 }  // namespace quest::cuda

@@ -32,6 +32,7 @@
 #include "../split_decode.cuh"
 #include "../tiles.cuh"
 #include "layout.cuh"
+#include "merge.cuh"
 #include "table.cuh"
 
 namespace quest::cuda {
@@ -57,10 +58,10 @@ class ClusterDecode {
   using Tile = quest::cuda::Tile<kHeadSize>;
   using Bounds = BoundsTile<kHeadSize>;
   using Table = RowTable<Layout::kThreads>;
+  using Merge = ClusterMerge<T, kHeadSize, kGroupTiles>;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Layout::kWarps, kThreads = Layout::kThreads;
-  static constexpr int kTileBytes = Layout::kTileBytes, kResultPitch = Layout::kResultPitch;
-  static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
+  static constexpr int kTileBytes = Layout::kTileBytes;
   static constexpr int kKeysPerMessage = 4;
   static constexpr int kFarGroups = 16;  // groups of far keys that a warp loads at once
 
@@ -85,8 +86,7 @@ class ClusterDecode {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        ctas_(ctas),
-        rank_(rank_in_cluster()),
+        cta_{ctas, rank_in_cluster()},
         row_(divisors.num_kv_heads.quotient(cluster_number())),
         head_(cluster_number() - row_ * p_.cache.num_kv_heads),
         table_(p_.cache, divisors.pages_per_block,
@@ -145,7 +145,7 @@ class ClusterDecode {
     // Score, exchange keys, and select.
     if (is_sparse()) {
       score();
-      wait_for(memory_.arrived.scores);
+      cta_.wait_for(memory_.arrived.scores);
       if (has_far_keys()) cluster_sync();
       select();
     }
@@ -171,11 +171,8 @@ class ClusterDecode {
   // Whether the pages before `page` were written in earlier steps.
   __device__ bool is_settled_before(int page) const { return page + kGrowingPages <= num_pages_; }
 
-  // This CTA's share of the elements [group_size, head_size]. The last CTAs' shares may be smaller.
-  __device__ int share() const { return divisors_.share.divisor(); }
-  __device__ int first_merged() const { return rank_ * share(); }
-  __device__ int num_merged() const {
-    return max(0, min(share(), p_.group_size * kHeadSize - first_merged()));
+  __device__ Merge merge() const {
+    return Merge(p_, divisors_.share, cta_, memory_, merged_, tiles_, messages_, row_, head_);
   }
 
   // Announce to the barriers how many bytes all CTAs of the cluster, this one included, will send
@@ -187,35 +184,14 @@ class ClusterDecode {
       const int num_messages =
           has_far_keys() ? 0 : (num_competing() + kKeysPerMessage - 1) / kKeysPerMessage;
       memory_.arrived.scores.expect(num_messages * sizeof(uint4) +
-                                    ctas_ * kWarps * sizeof(WarpPages));
+                                    cta_.ctas * kWarps * sizeof(WarpPages));
     }
-    const int first = first_merged(), end = first + num_merged();
-    const int num_heads = (end + kHeadSize - 1) / kHeadSize - first / kHeadSize;
-    memory_.arrived.parts.expect(
-        first == end ? 0 : ctas_ * (num_merged() * sizeof(float) + num_heads * sizeof(float2)));
-  }
-
-  // Write a message to any CTA of the cluster. `to` and `barrier` are this CTA's addresses of the
-  // target and of the barrier that counts it. The receiver reads it after wait_for(barrier).
-  template <typename Message, typename Target>
-  __device__ void tell(int cta, Target* to, const Barrier& barrier, const Message& message) const {
-    if (ctas_ == 1) {
-      *reinterpret_cast<Message*>(to) = message;
-    } else {
-      send(address_in(to, cta), address_in(&barrier, cta), message);
-    }
-  }
-  __device__ void wait_for(const Barrier& barrier) const {
-    if (ctas_ == 1) {
-      __syncthreads();
-    } else {
-      barrier.wait(0);
-    }
+    memory_.arrived.parts.expect(merge().expected_bytes());
   }
 
   // With few rows, the time that a warp takes for a tile counts, and tiles are padded. With many,
   // the speed of copies counts, and tiles are dense.
-  __device__ bool has_few_rows() const { return ctas_ >= kFewRowsCtas; }
+  __device__ bool has_few_rows() const { return cta_.ctas >= kFewRowsCtas; }
   __device__ int pitch() const { return has_few_rows() ? Tile::kPaddedPitch : Tile::kDensePitch; }
 
   // Whether each warp prefetches its best page before pages are chosen: where a page is a tile.
@@ -224,8 +200,8 @@ class ClusterDecode {
   }
 
   // Tiles of 16 pages are dealt to the CTAs in turn, then to their warps.
-  __device__ int first_tile_page() const { return (warp_ * ctas_ + rank_) * kTilePages; }
-  __device__ int tile_step() const { return kWarps * ctas_ * kTilePages; }
+  __device__ int first_tile_page() const { return (warp_ * cta_.ctas + cta_.rank) * kTilePages; }
+  __device__ int tile_step() const { return kWarps * cta_.ctas * kTilePages; }
 
   // Issue the copies of a tile of bounds.
   __device__ void fetch_bounds(int first_page) {
@@ -301,9 +277,9 @@ class ClusterDecode {
         continue;
       }
 #pragma unroll 1
-      for (int cta = r_; cta < ctas_; cta += kReceiversAtOnce) {
-        tell(cta, keys_ + page, memory_.arrived.scores,
-             make_uint4(keys[0], keys[1], keys[2], keys[3]));
+      for (int cta = r_; cta < cta_.ctas; cta += kReceiversAtOnce) {
+        cta_.tell(cta, keys_ + page, memory_.arrived.scores,
+                  make_uint4(keys[0], keys[1], keys[2], keys[3]));
       }
     }
 
@@ -313,9 +289,9 @@ class ClusterDecode {
         __ballot_sync(kAllLanes, best >= 0 && range.highest == of_warp.highest);
     if (prefetches_best() && has_best != 0)
       best_ = __shfl_sync(kAllLanes, best, __ffs(has_best) - 1);
-    if (lane_ < ctas_) {
-      tell(lane_, &messages_[rank_].warps[warp_], memory_.arrived.scores,
-           make_uint4(of_warp.lowest, of_warp.highest, static_cast<uint32_t>(best_), 0));
+    if (lane_ < cta_.ctas) {
+      cta_.tell(lane_, &messages_[cta_.rank].warps[warp_], memory_.arrived.scores,
+                make_uint4(of_warp.lowest, of_warp.highest, static_cast<uint32_t>(best_), 0));
     }
     if (best_ >= 0) copy_best(best_);
   }
@@ -345,7 +321,7 @@ class ClusterDecode {
   __device__ KeyRange range_of_all() const {
     KeyRange range = KeyRange::of_none();
 #pragma unroll 1
-    for (int i = lane_; i < kWarps * ctas_; i += kWarpSize) {
+    for (int i = lane_; i < kWarps * cta_.ctas; i += kWarpSize) {
       range.add(messages_[i / kWarps].warps[i % kWarps].range);
     }
     return range.of_warp();
@@ -378,7 +354,7 @@ class ClusterDecode {
       };
       const auto list = [&](int i, int page) {
         const int ours = divisors_.ctas.quotient(i);
-        if (i - ours * ctas_ == rank_) keys_[ours] = page;
+        if (i - ours * cta_.ctas == cta_.rank) keys_[ours] = page;
       };
       choose<1>(keys, bitmap_, list, [] {});
     }
@@ -400,7 +376,7 @@ class ClusterDecode {
   // The i-th of the chosen pages that this CTA attends to.
   __device__ int chosen_page(int i) const {
     if (!has_far_keys()) return static_cast<int>(keys_[i]);
-    return load_once(reinterpret_cast<int32_t*>(far_keys()) + i * ctas_ + rank_);
+    return load_once(reinterpret_cast<int32_t*>(far_keys()) + i * cta_.ctas + cta_.rank);
   }
 
   // Take the chosen ones of the warps' best pages off the list: they are copied already.
@@ -408,14 +384,14 @@ class ClusterDecode {
   __device__ void take_best(Selection& selection) {
     bool is_chosen = false;
     const int i = threadIdx.x;
-    if (i < kWarps * ctas_) {
+    if (i < kWarps * cta_.ctas) {
       const int page = messages_[i / kWarps].warps[i % kWarps].best;
       is_chosen = page >= 0 && selection.take(page);
     }
     const unsigned chosen = __ballot_sync(kAllLanes, is_chosen);
     if (lane_ == 0) memory_.best_chosen[warp_] = chosen;
     num_taken_ = __syncthreads_count(is_chosen);
-    const int mine = rank_ * kWarps + warp_;
+    const int mine = cta_.rank * kWarps + warp_;
     is_best_chosen_ = memory_.best_chosen[mine / kWarpSize] >> mine % kWarpSize & 1;
   }
 
@@ -425,8 +401,9 @@ class ClusterDecode {
     Attention attention(memory_.query, pitch(), p_.scale, p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_pages_) - num_taken_;
-    const int num_ours = divisors_.ctas.quotient(num_attended - rank_ + ctas_ - 1);
-    const bool has_newest = num_ours > 0 && (num_ours - 1) * ctas_ + rank_ == num_attended - 1;
+    const int num_ours = divisors_.ctas.quotient(num_attended - cta_.rank + cta_.ctas - 1);
+    const bool has_newest =
+        num_ours > 0 && (num_ours - 1) * cta_.ctas + cta_.rank == num_attended - 1;
     const int unfilled = num_pages_ * p_.cache.page_size - seq_len_;
     tokens_ = num_ours * p_.cache.page_size - (has_newest ? unfilled : 0);
 
@@ -459,15 +436,16 @@ class ClusterDecode {
 
     // Merge the results of warps, then of CTAs.
     wait_for_previous_kernel();
-    merge_warps(attention);
-    if (p_.counters != nullptr && head_ == 0 && rank_ == 0 && threadIdx.x == kThreads - 1) {
+    const Merge merging = merge();
+    merging.merge_warps(attention, reinterpret_cast<float*>(tile(RingPosition())));
+    if (p_.counters != nullptr && head_ == 0 && cta_.rank == 0 && threadIdx.x == kThreads - 1) {
       count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_pages_);
     }
-    wait_for(memory_.arrived.parts);
+    cta_.wait_for(memory_.arrived.parts);
     // Release the next kernel only now: CTAs that start while this kernel's are running crowd on
     // few multiprocessors.
     release_next_kernel();
-    merge_ctas();
+    merging.merge_ctas();
   }
 
   // Look up where this warp's next tiles lie. Lane l looks up half l % 2 of tile l / 2.
@@ -477,7 +455,7 @@ class ClusterDecode {
     int page = 0;
     if (position < tokens_) {
       const int ours = divisors_.page_size.quotient(position);
-      page = is_sparse() ? chosen_page(ours) : ours * ctas_ + rank_;
+      page = is_sparse() ? chosen_page(ours) : ours * cta_.ctas + cta_.rank;
       planned_start_ = start_of(page) + (position - ours * p_.cache.page_size) * Tile::kRowSize;
     }
     if (__any_sync(kAllLanes, !is_settled_before(page + 1))) wait_for_previous_kernel();
@@ -493,110 +471,6 @@ class ClusterDecode {
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
     copy_tokens(start + token * Tile::kRowSize, rest >= kTileTokens);
-  }
-
-  // Merge the warps' results, and send each CTA its share of the elements [group_size, head_size].
-  // All maxima come first, then the sums: merging state by state would wait at each step.
-  __device__ void merge_warps(const Attention& attention) {
-    float* const values = reinterpret_cast<float*>(tile(RingPosition()));
-#pragma unroll
-    for (int tile = 0; tile < kGroupTiles; ++tile) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int head = tile * 8 + 2 * c_ + k;
-        const SoftmaxState state = attention.state(tile, k);
-        if (r_ == 0) memory_.warp_state[warp_][head] = state;
-#pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab) {
-          const int dim = slab * kSlab + 8 * r_;
-          if (head < p_.group_size && dim < kHeadSize) {
-            attention.write_values(tile, slab, k, 1.0f, values + head * kResultPitch + dim);
-          }
-        }
-      }
-    }
-    __syncthreads();
-
-    // Two elements a thread.
-#pragma unroll 1
-    for (int i = 2 * threadIdx.x; i < p_.group_size * kHeadSize; i += 2 * kThreads) {
-      const int head = i / kHeadSize, dim = i % kHeadSize;
-      SoftmaxState state[kWarps];
-      float2 part[kWarps];
-      SoftmaxState merged_state = no_tokens();
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        state[warp] = memory_.warp_state[warp][head];
-        part[warp] = *reinterpret_cast<const float2*>(tiles_ + warp * kTileBytes +
-                                                      (head * kResultPitch + dim) * sizeof(float));
-        merged_state.max_log2 = fmaxf(merged_state.max_log2, state[warp].max_log2);
-      }
-      float2 merged = {};
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        const float factor = rescale(state[warp].max_log2, merged_state.max_log2);
-        merged_state.sum += state[warp].sum * factor;
-        merged.x += part[warp].x * factor;
-        merged.y += part[warp].y * factor;
-      }
-      const int cta = divisors_.share.quotient(i), element = i - cta * share();
-      tell(cta, merged_ + first_merged() + element, memory_.arrived.parts,
-           make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
-      // Send the head's state with its first elements in the share.
-      if (dim == 0 || element == 0) {
-        tell(cta, &messages_[rank_].state[head], memory_.arrived.parts,
-             make_uint2(__float_as_uint(merged_state.max_log2), __float_as_uint(merged_state.sum)));
-      }
-    }
-  }
-
-  // Merge all CTAs' parts of this CTA's share, and write the output. 1, 2 or 4 neighbouring lanes
-  // have an element together, with up to 4 CTAs' parts each.
-  __device__ void merge_ctas() const {
-    constexpr int kParts = 4;
-    const int log2_lanes = ctas_ <= kParts ? 0 : ctas_ <= 2 * kParts ? 1 : 2;
-    static_assert(kMaxClusterCtas == 4 * kParts);
-    const int lane = lane_ & ((1 << log2_lanes) - 1);
-#pragma unroll 1
-    for (int first = 0; first < num_merged(); first += kThreads >> log2_lanes) {
-      const int i = first + (static_cast<int>(threadIdx.x) >> log2_lanes);
-      const int in_share = min(i, num_merged() - 1), element = first_merged() + in_share;
-      const int head = element / kHeadSize;
-      SoftmaxState state[kParts];
-      float part[kParts];
-      SoftmaxState merged_state = no_tokens();
-      float merged = 0.0f;
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        const int cta = min(lane + (k << log2_lanes), ctas_ - 1);
-        state[k] = messages_[cta].state[head];
-        part[k] = merged_[cta * share() + in_share];
-        if (lane + (k << log2_lanes) >= ctas_) state[k].max_log2 = -INFINITY;
-        merged_state.max_log2 = fmaxf(merged_state.max_log2, state[k].max_log2);
-      }
-#pragma unroll 1
-      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
-        merged_state.max_log2 =
-            fmaxf(merged_state.max_log2, __shfl_xor_sync(kAllLanes, merged_state.max_log2, lanes));
-      }
-#pragma unroll
-      for (int k = 0; k < kParts; ++k) {
-        const float factor = rescale(state[k].max_log2, merged_state.max_log2);
-        merged_state.sum += state[k].sum * factor;
-        merged += part[k] * factor;
-      }
-#pragma unroll 1
-      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
-        merged_state.sum += __shfl_xor_sync(kAllLanes, merged_state.sum, lanes);
-        merged += __shfl_xor_sync(kAllLanes, merged, lanes);
-      }
-      if (lane != 0 || i >= num_merged()) continue;
-      T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
-                     (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
-      // A row without tokens has the output 0.
-      *out = Element<T>::from_float(
-          merged_state.sum == 0.0f ? 0.0f : __fdividef(merged, merged_state.sum));
-    }
   }
 
   const SparseDecodeParams& p_;
@@ -615,7 +489,7 @@ class ClusterDecode {
   uint4* const bitmap_;
   const int lane_, warp_, r_, c_;
 
-  const int ctas_, rank_;  // CTAs of the cluster, and this one's number
+  const ClusterCta cta_;
   const int row_, head_;
   Table table_;
   const int seq_len_, budget_pages_, num_pages_;
