@@ -505,9 +505,9 @@ class ClusterDecode {
 };
 
 template <typename T, int kHeadSize, int kGroupTiles, bool kFarKeys>
-__global__ void __launch_bounds__(ClusterDecode<T, kHeadSize, kGroupTiles, kFarKeys>::kThreads,
-                                  kFarKeys ? 1
-                                           : kClusterCtasPerMultiprocessor<kHeadSize, kGroupTiles>)
+__global__ void __launch_bounds__(
+    ClusterDecode<T, kHeadSize, kGroupTiles, kFarKeys>::kThreads,
+    kFarKeys ? 1 : ClusterLayout<kHeadSize, kGroupTiles>::kCtasPerMultiprocessor)
     cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p,
                           const __grid_constant__ Divisors divisors, int ctas, int stages, int room,
                           int num_split_ctas, const __grid_constant__ FarKeys far_keys) {

@@ -41,8 +41,7 @@ struct ClusterLauncher {
   // The kernel's most CTAs per multiprocessor, with one stage to a ring, and no clusters of several
   // CTAs.
   static const Limits& most_ctas() {
-    static const Limits found =
-        find_limits(1, kClusterCtasPerMultiprocessor<M::kHeadSize, M::kGroupTiles>, 1);
+    static const Limits found = find_limits(1, Layout::kCtasPerMultiprocessor, 1);
     return found;
   }
 

@@ -11,10 +11,6 @@
 
 namespace quest::cuda {
 
-// CTAs per multiprocessor: two, where registers and tiles have room.
-template <int kHeadSize, int kGroupTiles>
-constexpr int kClusterCtasPerMultiprocessor = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
-
 constexpr int kTableEntries = 1024;  // entries of a row's block table in shared memory
 
 // Pages of a row with far keys for each page of a row without: a page's bit in the bitmap takes the
@@ -36,6 +32,8 @@ struct alignas(16) WarpPages {
 template <int kHeadSize, int kGroupTiles>
 struct ClusterLayout {
   static constexpr int kWarps = kWarpsFor<kHeadSize>, kThreads = kWarps * kWarpSize;
+  // Two CTAs, where registers and tiles have room. The kernel with far keys has one.
+  static constexpr int kCtasPerMultiprocessor = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
   static constexpr int kHeads = 8 * kGroupTiles;        // query heads of a padded group
   static constexpr int kMaxStages = 2;                  // tiles in a warp's ring
   static_assert(kWarps * kMaxClusterCtas <= kThreads);  // a thread to each warp of a cluster
