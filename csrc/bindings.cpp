@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "builders.h"
 #include "checks.h"
 #include "contract.h"
 #include "cpu/dispatch.h"
@@ -11,54 +12,20 @@
 namespace quest {
 namespace {
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
-KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
-  return {.data = kv_cache.data_ptr(),
-          .block_stride = kv_cache.stride(0),
-          .head_stride = kv_cache.stride(1),
-          .dtype = dtype_of(kv_cache),
-          .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
-          .head_size = static_cast<int>(sizes.head_size),
-          .block_tokens = static_cast<int>(sizes.block_tokens),
-          .page_size = static_cast<int>(sizes.page_size)};
-}
-
-const int32_t* int32s(const Tensor& tensor) {
-  return static_cast<const int32_t*>(tensor.data_ptr());
-}
-
-Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
-             const Sizes& sizes) {
-  return {.block_table = int32s(block_table),
-          .block_table_stride = block_table.stride(0),
-          .seq_lens = int32s(seq_lens),
-          .budget_pages = int32s(budget_pages),
-          .num_rows = static_cast<int>(sizes.num_rows)};
-}
-
-// On the CPU, what the rows ask for can be read: refuse it before it leads out of the tensors.
+// Refuse lengths and budgets that lead out of the tensors: on the CPU they can be read.
 void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budget_pages,
                 const Sizes& sizes, bool has_pages) {
   for (int64_t row = 0; row < sizes.num_rows; ++row) {
-    const int64_t seq_len = int32s(seq_lens)[row], budget = int32s(budget_pages)[row];
+    const int64_t seq_len = int32s(seq_lens)[row], row_budget_pages = int32s(budget_pages)[row];
     const int64_t capacity = sizes.max_pages * sizes.page_size;
     QUEST_CHECK(0 <= seq_len && seq_len <= capacity, op, "values", "seq_lens must be 0 to ",
                 capacity, " tokens, got ", seq_len, " in row ", row);
-    QUEST_CHECK(budget >= 1, op, "values", "budget_pages must be at least 1 page, got ", budget,
-                " in row ", row);
-    QUEST_CHECK(!has_pages || budget <= sizes.max_selected || budget * sizes.page_size >= seq_len,
+    QUEST_CHECK(row_budget_pages >= 1, op, "values", "budget_pages must be at least 1 page, got ",
+                row_budget_pages, " in row ", row);
+    QUEST_CHECK(!has_pages || row_budget_pages <= sizes.max_selected ||
+                    row_budget_pages * sizes.page_size >= seq_len,
                 op, "values", "budget_pages must be at most max_selected = ", sizes.max_selected,
-                " pages for longer rows, got ", budget, " in row ", row);
+                " pages for longer rows, got ", row_budget_pages, " in row ", row);
   }
 }
 
@@ -73,7 +40,7 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
                       .key_head_stride = key.stride(1),
                       .value_token_stride = value.stride(0),
                       .value_head_stride = value.stride(1),
-                      .num_slots = sizes.num_slots,
+                      .num_slots = static_cast<int>(sizes.num_slots),
                       .score = check_score_kind(score)});
 }
 
@@ -84,14 +51,14 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
                                   budget_pages, page_size, scores);
   check_rows("score", seq_lens, budget_pages, sizes, false);
   kernels().score({.cache = cache_of(kv_cache, sizes),
-                   .rows = rows_of(block_table, seq_lens, budget_pages, sizes),
+                   .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
                    .query = query.data_ptr(),
                    .scores = static_cast<float*>(scores.data_ptr()),
                    .query_row_stride = query.stride(0),
                    .query_head_stride = query.stride(1),
                    .scores_row_stride = scores.stride(0),
                    .scores_head_stride = scores.stride(1),
-                   .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)});
+                   .group_size = sizes.group_size()});
 }
 
 void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
@@ -123,7 +90,7 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
   check_rows("sparse_decode", seq_lens, budget_pages, sizes, true);
   int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
-                           .rows = rows_of(block_table, seq_lens, budget_pages, sizes),
+                           .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
                            .query = query.data_ptr(),
                            .pages = int32s(pages),
                            .out = out.data_ptr(),
@@ -133,7 +100,7 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                            .pages_head_stride = pages.stride(1),
                            .out_row_stride = out.stride(0),
                            .out_head_stride = out.stride(1),
-                           .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
+                           .group_size = sizes.group_size(),
                            .scale = static_cast<float>(scale),
                            .soft_cap = static_cast<float>(soft_cap),
                            .counters = counted});

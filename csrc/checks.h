@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -38,6 +39,8 @@ struct Sizes {
   int64_t max_blocks = 0;
   int64_t max_pages = 0;
   int64_t max_selected = 0;
+
+  int group_size() const { return static_cast<int>(num_heads / num_kv_heads); }
 };
 
 struct Arg {
@@ -192,6 +195,9 @@ inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& valu
   QUEST_CHECK(sizes.num_slots <= key.size(0), "write_kv", "shape",
               "slot_mapping must have at most key's ", key.size(0), " entries, got ",
               sizes.num_slots);
+  constexpr int64_t kMaxSlots = std::numeric_limits<int32_t>::max();
+  QUEST_CHECK(sizes.num_slots <= kMaxSlots, "write_kv", "shape", "slot_mapping may have ",
+              kMaxSlots, " entries, got ", sizes.num_slots);
   return sizes;
 }
 

@@ -1,5 +1,5 @@
-// What a page's two rows of bounds hold, by the setting `score`. The kernel that scores is the same
-// for all: Σ max(q low, q high), which for low, high = center ∓ spread is q center + |q| spread.
+// What a page's two rows of bounds hold, by the setting `score`. One kernel scores them all, by
+// Σ max(q low, q high). For low, high = center ∓ spread this is q center + |q| spread.
 #pragma once
 
 namespace quest {

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "params.h"
+#include "../params.h"
 
 namespace quest {
 

@@ -1,7 +1,7 @@
 // One kernel per stage, compiled once per instruction set (QUEST_ISA names the namespace).
 #pragma once
 
-#include "params.h"
+#include "../params.h"
 
 #define QUEST_DECLARE_KERNELS(isa)               \
   namespace isa {                                \

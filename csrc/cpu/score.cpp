@@ -4,6 +4,7 @@
 // page's maximum, the negative part its minimum: relu(q) · max + min(q, 0) · min.
 #include "kernels.h"
 #include "row_tasks.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace quest {
@@ -41,7 +42,7 @@ SignedQuery split_by_sign(const ScoreParams& p, int row, int kv_head) {
 // Raise each page's score to the largest among kHeads query heads.
 template <int kPages, int kHeads, class T>
 void score_heads(const T* bounds,  // [kPages, 2 * head_size] minimum | maximum
-                 const T* next,    // the same of later pages, to be fetched meanwhile
+                 const T* next,    // [kPages, 2 * head_size] later bounds, prefetched
                  const float* positive, const float* negative, int head_size, float* scores) {
   Floats sums[kHeads][kPages] = {};
   for (int d = 0; d < head_size; d += kLanes) {
@@ -80,8 +81,8 @@ template <class T>
 void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end) {
   const KvCache& cache = p.cache;
   const int row_size = 2 * cache.head_size;
-  const int pages_per_block = cache.block_tokens / cache.page_size;
-  const int num_blocks = div_up(div_up(p.rows.seq_lens[row], cache.page_size), pages_per_block);
+  const int num_blocks =
+      div_up(div_up(p.rows.seq_lens[row], cache.page_size), cache.pages_per_block);
   const int32_t* block_table = p.rows.block_table + row * p.rows.block_table_stride;
   const T* head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride +
                   static_cast<int64_t>(cache.block_tokens) * row_size;
@@ -90,16 +91,16 @@ void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end)
 
   int page = begin;
   while (page < end) {
-    const int block = page / pages_per_block, first = page % pages_per_block;
+    const int block = page / cache.pages_per_block, first = page % cache.pages_per_block;
     const T* bounds = head + block_table[block] * cache.block_stride + first * row_size;
-    const int block_end = min_of((block + 1) * pages_per_block, end);
-    const int ahead = block + div_up(kPrefetchPages, pages_per_block);
+    const int block_end = min_of((block + 1) * cache.pages_per_block, end);
+    const int ahead = block + div_up(kPrefetchPages, cache.pages_per_block);
     const T* next = ahead < num_blocks ? head + block_table[ahead] * cache.block_stride : bounds;
 
-    // Bounds of a block are contiguous, but blocks are scattered: fetch a later one meanwhile.
+    // Bounds of a block are contiguous, but blocks are scattered: prefetch a later one.
     const auto step = [&]<int kPages>() {
-      score_group<kPages>(bounds, next + page % pages_per_block * row_size, query, p.group_size,
-                          cache.head_size, scores + page);
+      score_group<kPages>(bounds, next + page % cache.pages_per_block * row_size, query,
+                          p.group_size, cache.head_size, scores + page);
       bounds += kPages * row_size;
       page += kPages;
     };

@@ -4,6 +4,7 @@
 // smallest chosen one in at most 32 counting passes, whatever the scores; one more pass writes the
 // page numbers in ascending order.
 #include "kernels.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace quest {
@@ -42,9 +43,9 @@ int32_t find_threshold(const int32_t* keys, int num_keys, int wanted) {
   return static_cast<int32_t>(low);
 }
 
-void select_pages(const float* scores, int num_pages, int budget, int32_t* pages) {
+void select_pages(const float* scores, int num_pages, int budget_pages, int32_t* pages) {
   const int newest = num_pages - 1;
-  const int wanted = budget - 1;
+  const int wanted = budget_pages - 1;
   if (wanted > 0) {
     // Order the scores of all but the newest page; pad with the lowest key.
     const int num_keys = div_up(newest, kLanes) * kLanes;
@@ -78,10 +79,10 @@ void select(const SelectParams& p) {
   parallel_for(static_cast<int64_t>(p.num_rows) * p.num_kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
-      const int seq_len = p.seq_lens[row], budget = p.budget_pages[row];
-      if (!over_budget(seq_len, budget, p.page_size)) continue;
+      const int seq_len = p.seq_lens[row], budget_pages = p.budget_pages[row];
+      if (!over_budget(seq_len, budget_pages, p.page_size)) continue;
       select_pages(p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride,
-                   div_up(seq_len, p.page_size), budget,
+                   div_up(seq_len, p.page_size), budget_pages,
                    p.pages + row * p.pages_row_stride + kv_head * p.pages_head_stride);
     }
   });

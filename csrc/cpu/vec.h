@@ -13,8 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../params.h"
 #include "host.h"
-#include "params.h"
 
 #ifndef QUEST_ISA
 #define QUEST_ISA baseline

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "../builders.h"
 #include "../checks.h"
 #include "../contract.h"
 #include "kernels.h"
@@ -19,15 +20,10 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kBytesAtOnce = 16;  // that kernels load
-constexpr int64_t kElementBytes = 2;
+constexpr int64_t kBytesAtOnce = 16;  // Kernels load 16 bytes at once.
 
-// Element `row` of a tensor's first dimension.
-char* row_of(const Tensor& tensor, int64_t row, int64_t element_bytes = kElementBytes) {
-  return static_cast<char*>(tensor.data_ptr()) + row * tensor.stride(0) * element_bytes;
-}
-
-void check_aligned(const char* op, const Arg& arg, int64_t element_bytes = kElementBytes) {
+void check_aligned(const char* op, const Arg& arg) {
+  const int64_t element_bytes = arg.tensor.element_size();
   const auto address = reinterpret_cast<uintptr_t>(arg.tensor.data_ptr());
   bool aligned = address % kBytesAtOnce == 0;
   for (int64_t dim = 0; dim + 1 < arg.tensor.dim(); ++dim) {
@@ -46,36 +42,9 @@ void check_cache(const char* op, const Tensor& kv_cache, const Sizes& sizes) {
 }
 
 void check_group(const char* op, const Sizes& sizes) {
-  const int64_t group_size = sizes.num_heads / sizes.num_kv_heads;
+  const int64_t group_size = sizes.group_size();
   QUEST_CHECK(group_size <= kMaxGroupSize, op, "shape", "a GPU takes at most ", kMaxGroupSize,
               " query heads per KV head, got ", group_size);
-}
-
-KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
-  return {
-      .data = kv_cache.data_ptr(),
-      .block_stride = kv_cache.stride(0),
-      .head_stride = kv_cache.stride(1),
-      .dtype = kv_cache.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16,
-      .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
-      .head_size = static_cast<int>(sizes.head_size),
-      .block_tokens = static_cast<int>(sizes.block_tokens),
-      .page_size = static_cast<int>(sizes.page_size),
-      .pages_per_block = static_cast<int>(sizes.block_tokens / sizes.page_size)};
-}
-
-int32_t* int32s(const Tensor& tensor, int64_t row = 0) {
-  return reinterpret_cast<int32_t*>(row_of(tensor, row, sizeof(int32_t)));
-}
-
-Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
-             int64_t first_row, int64_t num_rows) {
-  return {.block_table = int32s(block_table, first_row),
-          .block_table_stride = block_table.stride(0),
-          .seq_lens = int32s(seq_lens, first_row),
-          .budget_pages = int32s(budget_pages, first_row),
-          .num_rows = static_cast<int>(num_rows),
-          .max_blocks = static_cast<int>(block_table.size(1))};
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -136,13 +105,13 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
     check_launch(op, score({.cache = cache_of(kv_cache, sizes),
                             .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
-                            .query = row_of(query, row),
-                            .scores = reinterpret_cast<float*>(row_of(scores, row, sizeof(float))),
+                            .query = row_of<void>(query, row),
+                            .scores = row_of<float>(scores, row),
                             .query_row_stride = query.stride(0),
                             .query_head_stride = query.stride(1),
                             .scores_row_stride = scores.stride(0),
                             .scores_head_stride = scores.stride(1),
-                            .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads)},
+                            .group_size = sizes.group_size()},
                            current_stream(kv_cache)));
   });
 }
@@ -153,39 +122,32 @@ void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budge
   const Sizes sizes = check_select(Device::kCuda, scores, seq_lens, budget_pages, page_size, pages);
   const DeviceGuard guard(scores.get_device_index());
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
-    check_launch(
-        op, select({.scores = reinterpret_cast<const float*>(row_of(scores, row, sizeof(float))),
-                    .seq_lens = int32s(seq_lens, row),
-                    .budget_pages = int32s(budget_pages, row),
-                    .pages = int32s(pages, row),
-                    .scores_row_stride = scores.stride(0),
-                    .scores_head_stride = scores.stride(1),
-                    .pages_row_stride = pages.stride(0),
-                    .pages_head_stride = pages.stride(1),
-                    .num_rows = static_cast<int>(num_rows),
-                    .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
-                    .max_pages = static_cast<int>(sizes.max_pages),
-                    .page_size = static_cast<int>(sizes.page_size)},
-                   current_stream(scores)));
+    check_launch(op, select({.scores = row_of<float>(scores, row),
+                             .seq_lens = int32s(seq_lens, row),
+                             .budget_pages = int32s(budget_pages, row),
+                             .pages = int32s(pages, row),
+                             .scores_row_stride = scores.stride(0),
+                             .scores_head_stride = scores.stride(1),
+                             .pages_row_stride = pages.stride(0),
+                             .pages_head_stride = pages.stride(1),
+                             .num_rows = static_cast<int>(num_rows),
+                             .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
+                             .max_pages = static_cast<int>(sizes.max_pages),
+                             .page_size = static_cast<int>(sizes.page_size)},
+                            current_stream(scores)));
   });
 }
 
-// In int32, on the current device. Arrivals first: their place is the same for every shape that
-// shares the workspace.
+// The size in int32 on the current device. Arrivals come first, so their place is the same for
+// every shape that uses the workspace.
 int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
   const int64_t ctas = max_decode_ctas();
   return ctas + 2 * ctas * group_size * (head_size + 2);
 }
 
-// Where a launch of sparse_decode leaves its partial results.
-struct Workspace {
-  int32_t* arrivals;
-  float *partial_out, *partial_weight;
-};
-
-Workspace check_workspace(const char* op, const Tensor& kv_cache,
-                          const std::optional<Tensor>& workspace, const Sizes& sizes) {
-  const int64_t group_size = sizes.num_heads / sizes.num_kv_heads;
+DecodeWorkspace check_workspace(const char* op, const Tensor& kv_cache,
+                                const std::optional<Tensor>& workspace, const Sizes& sizes) {
+  const int64_t group_size = sizes.group_size();
   const int64_t needed = decode_workspace_size(group_size, sizes.head_size);
   QUEST_CHECK(workspace.has_value(), op, "shape", "a GPU needs a workspace of ", needed,
               " int32: make it with vllm_quest.ops.decode_workspace");
@@ -197,11 +159,13 @@ Workspace check_workspace(const char* op, const Tensor& kv_cache,
               join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
   auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
   auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
-  return {arrivals, partial_out,
-          partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size};
+  float* const end = partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
+  return {.arrivals = arrivals,
+          .partial_out = partial_out,
+          .partial_state = reinterpret_cast<SoftmaxState*>(end)};
 }
 
-// The parameters of sparse_decode, but for the rows and the selected pages; checked.
+// Check the arguments, and fill in the parameters that all rows have in common.
 SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& budget_pages, int64_t page_size, double scale,
@@ -215,16 +179,13 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
   check_group(op, sizes);
   check_aligned(op, {"query", query});
   const DeviceGuard guard(kv_cache.get_device_index());
-  const Workspace parts = check_workspace(op, kv_cache, workspace, sizes);
   return {.cache = cache_of(kv_cache, sizes),
-          .arrivals = parts.arrivals,
-          .partial_out = parts.partial_out,
-          .partial_weight = parts.partial_weight,
+          .workspace = check_workspace(op, kv_cache, workspace, sizes),
           .query_row_stride = query.stride(0),
           .query_head_stride = query.stride(1),
           .out_row_stride = out.stride(0),
           .out_head_stride = out.stride(1),
-          .group_size = static_cast<int>(sizes.num_heads / sizes.num_kv_heads),
+          .group_size = sizes.group_size(),
           .scale = static_cast<float>(scale),
           .soft_cap = static_cast<float>(soft_cap),
           .counters = counted};
@@ -246,9 +207,9 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
   const DeviceGuard guard(kv_cache.get_device_index());
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows);
-    params.query = row_of(query, row);
+    params.query = row_of<void>(query, row);
     params.pages = int32s(pages, row);
-    params.out = row_of(out, row);
+    params.out = row_of<void>(out, row);
     check_launch(op, sparse_decode(params, current_stream(kv_cache)));
   });
 }
@@ -278,15 +239,15 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                 " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
     const Arg arg = {"far_keys", *far_keys};
     check_room_for_pages(op, Device::kCuda, kv_cache, arg, ScalarType::Int, sizes);
-    check_aligned(op, arg, sizeof(int32_t));
+    check_aligned(op, arg);
   }
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {
     params.rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows);
-    params.query = row_of(query, row);
-    params.out = row_of(out, row);
+    params.query = row_of<void>(query, row);
+    params.out = row_of<void>(out, row);
     FarKeys keys = {};
     if (has_far_keys) {
-      keys = {.data = reinterpret_cast<uint32_t*>(int32s(*far_keys, row)),
+      keys = {.data = row_of<uint32_t>(*far_keys, row),
               .row_stride = far_keys->stride(0),
               .head_stride = far_keys->stride(1)};
     }

@@ -3,11 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "params.h"
+#include "../params.h"
 
 namespace quest::cuda {
 
-constexpr int kMaxRows = 2048;  // of a launch: what shared memory has room for
+constexpr int kMaxRows = 2048;  // rows of a launch; shared memory holds a number for each
 
 cudaError_t write_kv(const WriteKvParams&, cudaStream_t stream);
 cudaError_t score(const ScoreParams&, cudaStream_t stream);

@@ -1,42 +1,47 @@
-// What each stage's CPU kernel is given. Dimension names: see vllm_quest/ops.py. Strides count
-// elements. Lengths count tokens, budgets count pages.
+// What each stage's kernel is given, on CPU and GPU alike. Dimension names: see vllm_quest/ops.py.
+// Strides count elements. Lengths count tokens, budgets count pages; on a GPU both are read on the
+// device alone.
 #pragma once
 
 #include <cstdint>
 
-#include "../score_kind.h"
+#include "score_kind.h"
+#include "softmax_state.h"
 
 namespace quest {
 
-enum class DType { kBFloat16, kFloat16, kFloat32 };
+enum class DType { kBFloat16, kFloat16, kFloat32 };  // a GPU takes the first two
 
 struct KvCache {
   void* data;            // [num_blocks, num_kv_heads, block_rows, 2 * head_size] dtype
-  int64_t block_stride;  // of num_blocks
-  int64_t head_stride;   // of num_kv_heads
+  int64_t block_stride;  // stride of num_blocks
+  int64_t head_stride;   // stride of num_kv_heads
   DType dtype;
   int num_kv_heads;
   int head_size;
   int block_tokens;
   int page_size;
+  int pages_per_block;
 };
 
+// Decode rows: a query token each.
 struct Rows {
   const int32_t* block_table;   // [num_rows, max_blocks]
-  int64_t block_table_stride;   // of num_rows
+  int64_t block_table_stride;   // stride of num_rows
   const int32_t* seq_lens;      // [num_rows] tokens
   const int32_t* budget_pages;  // [num_rows]
   int num_rows;
+  int max_blocks;
 };
 
 struct WriteKvParams {
   KvCache cache;
   const void* key;              // [num_slots, num_kv_heads, head_size] dtype of the cache
-  const void* value;            // the same
+  const void* value;            // [num_slots, num_kv_heads, head_size] dtype of the cache
   const int64_t* slot_mapping;  // [num_slots] block * block_tokens + offset, or -1
   int64_t key_token_stride, key_head_stride;
   int64_t value_token_stride, value_head_stride;
-  int64_t num_slots;
+  int num_slots;
   ScoreKind score;
 };
 
@@ -59,7 +64,18 @@ struct SelectParams {
   int64_t pages_row_stride, pages_head_stride;
   int num_rows;
   int num_kv_heads;
+  int max_pages;
   int page_size;
+};
+
+// Where the CTAs of a GPU leave partial results of (row, KV head) pairs that several of them attend
+// to. Null on the CPU.
+struct DecodeWorkspace {
+  // One per CTA: how many CTAs have left their part of the (row, KV head) that begins in this one.
+  // 0 between launches.
+  int32_t* arrivals;            // [max_decode_ctas]
+  float* partial_out;           // [max_decode_ctas, 2, group_size, head_size] weighted values
+  SoftmaxState* partial_state;  // [max_decode_ctas, 2, group_size]
 };
 
 struct SparseDecodeParams {
@@ -68,20 +84,28 @@ struct SparseDecodeParams {
   const void* query;     // [num_rows, num_heads, head_size] dtype of the cache
   const int32_t* pages;  // [num_rows, num_kv_heads, max_selected]
   void* out;             // out: [num_rows, num_heads, head_size] dtype of the cache
+  DecodeWorkspace workspace;
   int64_t query_row_stride, query_head_stride;
   int64_t pages_row_stride, pages_head_stride;
   int64_t out_row_stride, out_head_stride;
   int group_size;
   float scale;
   float soft_cap;     // 0 for none
-  int64_t* counters;  // [kNumCounters] added to, see ../counters.h; null for none
+  int64_t* counters;  // [kNumCounters] added to, see counters.h; null for none
 };
 
-// Static: every instruction set's objects keep their own copy.
-static inline int div_up(int n, int d) { return n / d + (n % d != 0); }
+struct ClusterDecodeParams {
+  SparseDecodeParams decode;  // without pages
+  // Nothing was launched since write_kv of the same layer; all else that is read was there before
+  // write_kv began.
+  bool follows_write_kv;
+};
 
-static inline bool over_budget(int seq_len, int budget_pages, int page_size) {
-  return div_up(seq_len, page_size) > budget_pages;
-}
+// Scratch of cluster_decode in device memory: the keys of rows that have more pages than shared
+// memory has room for.
+struct FarKeys {
+  uint32_t* data;  // [num_rows, num_kv_heads, max_pages]; null: all rows' keys fit shared memory
+  int64_t row_stride, head_stride;
+};
 
 }  // namespace quest
