@@ -134,7 +134,11 @@ def cuda_extension(home: Path) -> NativeExtension:
         *(str(home / "bin" / "nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"),
         *(*archs, ptx),
     )
-    kernels = (*STAGES, "cluster_decode", "cluster_decode_wide")
+    kernels = (
+        *STAGES,
+        "cluster_decode/cluster_decode",
+        "cluster_decode/cluster_decode_far_keys",
+    )
     units = [Unit(CSRC / "cuda" / f"{kernel}.cu", "cuda", device) for kernel in kernels]
     units.append(Unit(CSRC / "cuda" / "bindings.cpp", "cuda", host))
     return NativeExtension(

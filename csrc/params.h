@@ -7,6 +7,7 @@
 
 #include "kept.h"
 #include "score_kind.h"
+#include "softmax_state.h"
 
 namespace quest {
 
@@ -74,9 +75,9 @@ struct SelectParams {
 struct DecodeWorkspace {
   // One per CTA: how many CTAs have left their part of the (row, KV head) that begins in this one.
   // 0 between launches.
-  int32_t* arrivals;      // [max_decode_ctas]
-  float* partial_out;     // [max_decode_ctas, 2, group_size, head_size] weighted values
-  float* partial_weight;  // [max_decode_ctas, 2, group_size, 2] maximum (base 2), sum of weights
+  int32_t* arrivals;            // [max_decode_ctas]
+  float* partial_out;           // [max_decode_ctas, 2, group_size, head_size] weighted values
+  SoftmaxState* partial_state;  // [max_decode_ctas, 2, group_size]
 };
 
 struct SparseDecodeParams {

@@ -141,8 +141,8 @@ void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budge
   });
 }
 
-// In int32, on the current device. Arrivals first: their place is the same for every shape that
-// shares the workspace.
+// The size in int32 on the current device. Arrivals come first, so their place is the same for
+// every shape that uses the workspace.
 int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
   const int64_t ctas = max_decode_ctas();
   return ctas + 2 * ctas * group_size * (head_size + 2);
@@ -162,8 +162,10 @@ DecodeWorkspace check_workspace(const char* op, const Tensor& kv_cache,
               join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
   auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
   auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
-  return {arrivals, partial_out,
-          partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size};
+  float* const end = partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
+  return {.arrivals = arrivals,
+          .partial_out = partial_out,
+          .partial_state = reinterpret_cast<SoftmaxState*>(end)};
 }
 
 // The parameters of sparse_decode, but for the rows and the selected pages; checked.
