@@ -62,7 +62,8 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
 }
 
 void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
-            int64_t page_size, const Tensor& pages) {
+            int64_t page_size, const Tensor& pages, int64_t keep_first_pages,
+            int64_t keep_newest_percent) {
   const Sizes sizes = check_select(Device::kCpu, scores, seq_lens, budget_pages, page_size, pages);
   check_rows("select", seq_lens, budget_pages, sizes, true);
   kernels().select({.scores = static_cast<const float*>(scores.data_ptr()),
@@ -75,7 +76,8 @@ void select(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_p
                     .pages_head_stride = pages.stride(1),
                     .num_rows = static_cast<int>(sizes.num_rows),
                     .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
-                    .page_size = static_cast<int>(sizes.page_size)});
+                    .page_size = static_cast<int>(sizes.page_size),
+                    .kept = check_kept("select", keep_first_pages, keep_newest_percent)});
 }
 
 void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
@@ -142,7 +144,7 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "int page_size, Tensor(a!) scores) -> ()");
   library.def(
       "select(Tensor scores, Tensor seq_lens, Tensor budget_pages, int page_size, "
-      "Tensor(a!) pages) -> ()");
+      "Tensor(a!) pages, int keep_first_pages=0, int keep_newest_percent=0) -> ()");
   library.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, Tensor pages, int page_size, float scale, float soft_cap, "

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -14,6 +15,7 @@
 #include <string>
 
 #include "counters.h"
+#include "kept.h"
 #include "score_kind.h"
 
 #define QUEST_CHECK(condition, op, heading, ...) \
@@ -228,6 +230,16 @@ inline Sizes check_score(Device device, const Tensor& query, const Tensor& kv_ca
   check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
   check_room_for_pages("score", device, kv_cache, {"scores", scores}, ScalarType::Float, sizes);
   return sizes;
+}
+
+// A count that no row reaches serves for all larger ones.
+inline Kept check_kept(const char* op, int64_t first_pages, int64_t newest_percent) {
+  QUEST_CHECK(first_pages >= 0, op, "values", "keep_first_pages must be at least 0, got ",
+              first_pages);
+  QUEST_CHECK(0 <= newest_percent && newest_percent <= 100, op, "values",
+              "keep_newest_percent must be 0 to 100, got ", newest_percent);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  return {static_cast<int>(std::min(first_pages, kMost)), static_cast<int>(newest_percent)};
 }
 
 inline Sizes check_select(Device device, const Tensor& scores, const Tensor& seq_lens,

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kept.h"
 #include "score_kind.h"
 #include "softmax_state.h"
 
@@ -66,6 +67,7 @@ struct SelectParams {
   int num_kv_heads;
   int max_pages;
   int page_size;
+  Kept kept;
 };
 
 // Where the CTAs of a GPU leave partial results of (row, KV head) pairs that several of them attend
@@ -96,6 +98,7 @@ struct SparseDecodeParams {
 
 struct ClusterDecodeParams {
   SparseDecodeParams decode;  // without pages
+  Kept kept;
   // Nothing was launched since write_kv of the same layer; all else that is read was there before
   // write_kv began.
   bool follows_write_kv;

@@ -44,10 +44,18 @@ class QuestConfig:
     deviation) and `mid_dev` (middle of the extremes ∓ mean deviation from it) are estimates, which
     a key may exceed. Engines that hand each other stored KV must agree on it."""
 
+    keep_first_pages: int = 0
+    """Pages at the front that rows over their budget attend to whatever their scores, within the
+    budget: many models put much of their attention on the first tokens (attention sinks)."""
+
+    keep_newest_percent: int = 0
+    """The share of the budget, 0 to 100 percent, that goes to the newest pages whatever their
+    scores. The newest page is always attended to."""
+
     _active: ClassVar["QuestConfig"]
 
     def __post_init__(self) -> None:
-        for field in ("token_budget", "dense_layers", "page_size"):
+        for field in (field.name for field in fields(self) if field.name != "score"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise _bad_value(field, value, "an integer")
@@ -57,6 +65,10 @@ class QuestConfig:
             raise _bad_value("dense_layers", self.dense_layers, "0 or a positive integer")
         if self.page_size < 8 or self.page_size % 8 != 0:
             raise _bad_value("page_size", self.page_size, "a positive multiple of 8")
+        if self.keep_first_pages < 0:
+            raise _bad_value("keep_first_pages", self.keep_first_pages, "0 or a positive integer")
+        if not 0 <= self.keep_newest_percent <= 100:
+            raise _bad_value("keep_newest_percent", self.keep_newest_percent, "0 to 100")
         if self.score not in SCORES:
             raise _bad_value("score", self.score, ", ".join(SCORES))
 

@@ -43,7 +43,7 @@ def choose_by_score(
     """QUEST's own choice. On GPUs with clusters of CTAs `ops.cluster_decode` makes it."""
     page_size = impl.quest.page_size
     ops.score(query, kv_cache, rows, scores, page_size=page_size)
-    ops.select(scores, rows, pages, page_size=page_size)
+    ops.select(scores, rows, pages, page_size=page_size, **impl.kept)
 
 
 class QuestImpl(AttentionImpl[QuestMetadata]):
@@ -74,6 +74,11 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
+        self.kept = {
+            "keep_first_pages": self.quest.keep_first_pages,
+            "keep_newest_percent": self.quest.keep_newest_percent,
+        }
+        """What is kept before pages are chosen by their scores, as `ops.select` takes it."""
         self.has_own_cache = kv_sharing_target_layer_name is None
         self.has_window = sliding_window is not None
         self.platform = this_platform()
@@ -188,6 +193,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                     far_keys=far_keys,
                     follows_write_kv=self.has_own_cache and part.start == 0,
                     **attention,
+                    **self.kept,
                 )
             return
         for part in plan.passes():

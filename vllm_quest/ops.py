@@ -119,10 +119,20 @@ def score(query: Tensor, kv_cache: Tensor, rows: Rows, scores: Tensor, *, page_s
     )
 
 
-def select(scores: Tensor, rows: Rows, pages: Tensor, *, page_size: int) -> None:
-    """Choose each KV head's pages: the newest page and the best-scored others, budget in all.
+def select(
+    scores: Tensor,
+    rows: Rows,
+    pages: Tensor,
+    *,
+    page_size: int,
+    keep_first_pages: int = 0,
+    keep_newest_percent: int = 0,
+) -> None:
+    """Choose each KV head's pages: those that are kept, and the best-scored others, budget in all.
 
-    Equal scores go to the lower page number. Exact and deterministic.
+    Kept are the newest max(1, budget * keep_newest_percent // 100) pages, and of what is left of
+    the budget up to keep_first_pages at the front. Equal scores go to the lower page number. Exact
+    and deterministic.
 
     Args:
         scores: `[num_rows, num_kv_heads, >= max_pages]` fp32, from `score`.
@@ -130,8 +140,18 @@ def select(scores: Tensor, rows: Rows, pages: Tensor, *, page_size: int) -> None
         pages: out, `[num_rows, num_kv_heads, max_selected]` int32: page numbers, ascending, in the
             first budget entries of rows over their budget; the rest is left as it was.
         page_size: tokens per page.
+        keep_first_pages: at least 0.
+        keep_newest_percent: 0 to 100.
     """
-    torch.ops.vllm_quest.select(scores, rows.seq_lens, rows.budget_pages, page_size, pages)
+    torch.ops.vllm_quest.select(
+        scores,
+        rows.seq_lens,
+        rows.budget_pages,
+        page_size,
+        pages,
+        keep_first_pages,
+        keep_newest_percent,
+    )
 
 
 def sparse_decode(
@@ -191,10 +211,13 @@ def cluster_decode(
     counters: Tensor | None = None,
     far_keys: Tensor | None = None,
     follows_write_kv: bool = False,
+    keep_first_pages: int = 0,
+    keep_newest_percent: int = 0,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
-    Arguments are those of `sparse_decode`, without the pages. Chooses what `select` chooses.
+    Arguments are those of `sparse_decode`, without the pages, and the settings of `select`. Chooses
+    what `select` chooses.
 
     Args:
         far_keys: scratch, `[num_rows, num_kv_heads, >= max_pages]` int32, whose rows begin at
@@ -224,6 +247,8 @@ def cluster_decode(
         counters,
         far_keys,
         follows_write_kv,
+        keep_first_pages,
+        keep_newest_percent,
     )
 
 

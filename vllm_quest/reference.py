@@ -118,17 +118,29 @@ def score(query: Tensor, kv_cache: Tensor, rows: "Rows", scores: Tensor, *, page
             scores[row, :, page] = per_head.view(-1, group_size).amax(dim=-1)
 
 
-def select(scores: Tensor, rows: "Rows", pages: Tensor, *, page_size: int) -> None:
+def select(
+    scores: Tensor,
+    rows: "Rows",
+    pages: Tensor,
+    *,
+    page_size: int,
+    keep_first_pages: int = 0,
+    keep_newest_percent: int = 0,
+) -> None:
     num_rows, num_kv_heads, _ = scores.shape
     for row in range(num_rows):
-        newest = num_pages(int(rows.seq_lens[row]), page_size) - 1
+        all_pages = list(range(num_pages(int(rows.seq_lens[row]), page_size)))
         budget = int(rows.budget_pages[row])
-        if newest + 1 <= budget:
+        if len(all_pages) <= budget:
             continue
+        num_newest = max(1, budget * keep_newest_percent // 100)
+        num_first = min(keep_first_pages, budget - num_newest)
+        kept = all_pages[:num_first] + all_pages[-num_newest:]
+        competing = all_pages[num_first:-num_newest]
         for head in range(num_kv_heads):
             values = scores[row, head].tolist()
-            best_first = sorted(range(newest), key=lambda page: (-values[page], page))
-            chosen = sorted([*best_first[: budget - 1], newest])
+            best_first = sorted(competing, key=lambda page: (-values[page], page))
+            chosen = sorted(kept + best_first[: budget - len(kept)])
             pages[row, head, :budget] = torch.tensor(chosen, dtype=pages.dtype)
 
 

@@ -43,17 +43,26 @@ int32_t find_threshold(const int32_t* keys, int num_keys, int wanted) {
   return static_cast<int32_t>(low);
 }
 
-void select_pages(const float* scores, int num_pages, int budget_pages, int32_t* pages) {
-  const int newest = num_pages - 1;
-  const int wanted = budget_pages - 1;
+void select_pages(const float* scores, int num_pages, int budget_pages, const Kept& kept,
+                  int32_t* pages) {
+  // Pages [first_competing, end_competing) compete; the others are kept.
+  const KeptPages of_row = kept_pages(kept, budget_pages);
+  const int first_competing = of_row.first, end_competing = num_pages - of_row.newest;
+  const int num_competing = end_competing - first_competing;
+  const int wanted = budget_pages - of_row.first - of_row.newest;
+  int taken = 0;
+  while (taken < first_competing) {
+    pages[taken] = taken;
+    ++taken;
+  }
   if (wanted > 0) {
-    // Order the scores of all but the newest page; pad with the lowest key.
-    const int num_keys = div_up(newest, kLanes) * kLanes;
+    // Order the scores of the competing pages; pad with the lowest key.
+    const int num_keys = div_up(num_competing, kLanes) * kLanes;
     int32_t* keys = static_cast<int32_t*>(scratch(Scratch::kThread, num_keys * sizeof(int32_t)));
     for (int i = 0; i < num_keys; i += kLanes) {
       float lanes[kLanes] = {};
-      const int valid = min_of(newest - i, kLanes);
-      memcpy(lanes, scores + i, valid * sizeof(float));
+      const int valid = min_of(num_competing - i, kLanes);
+      memcpy(lanes, scores + first_competing + i, valid * sizeof(float));
       store_unaligned(keys + i, order_keys(load(lanes)));
       for (int lane = valid; lane < kLanes; ++lane) keys[i + lane] = INT32_MIN;
     }
@@ -62,15 +71,15 @@ void select_pages(const float* scores, int num_pages, int budget_pages, int32_t*
     const int32_t threshold = find_threshold(keys, num_keys, wanted);
     const int above = threshold == INT32_MAX ? 0 : count_at_least(keys, num_keys, threshold + 1);
     int equal_left = wanted - above;
-    int taken = 0;
-    for (int page = 0; page < newest; ++page) {
-      const int equal = (keys[page] == threshold) & (equal_left > 0);
-      pages[taken] = page;  // kept only if taken advances; at most entry `wanted`, the newest's
-      taken += (keys[page] > threshold) | equal;
+    for (int i = 0; i < num_competing; ++i) {
+      const int equal = (keys[i] == threshold) & (equal_left > 0);
+      // Overwritten unless `taken` advances; at most the first entry of the newest pages.
+      pages[taken] = first_competing + i;
+      taken += (keys[i] > threshold) | equal;
       equal_left -= equal;
     }
   }
-  pages[wanted] = newest;
+  for (int page = end_competing; page < num_pages; ++page) pages[taken++] = page;
 }
 
 }  // namespace
@@ -82,7 +91,7 @@ void select(const SelectParams& p) {
       const int seq_len = p.seq_lens[row], budget_pages = p.budget_pages[row];
       if (!over_budget(seq_len, budget_pages, p.page_size)) continue;
       select_pages(p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride,
-                   div_up(seq_len, p.page_size), budget_pages,
+                   div_up(seq_len, p.page_size), budget_pages, p.kept,
                    p.pages + row * p.pages_row_stride + kv_head * p.pages_head_stride);
     }
   });

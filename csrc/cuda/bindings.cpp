@@ -117,9 +117,11 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
 }
 
 void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
-               int64_t page_size, const Tensor& pages) {
+               int64_t page_size, const Tensor& pages, int64_t keep_first_pages,
+               int64_t keep_newest_percent) {
   const char* op = "select";
   const Sizes sizes = check_select(Device::kCuda, scores, seq_lens, budget_pages, page_size, pages);
+  const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
   const DeviceGuard guard(scores.get_device_index());
   for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
     check_launch(op, select({.scores = row_of<float>(scores, row),
@@ -133,7 +135,8 @@ void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budge
                              .num_rows = static_cast<int>(num_rows),
                              .num_kv_heads = static_cast<int>(sizes.num_kv_heads),
                              .max_pages = static_cast<int>(sizes.max_pages),
-                             .page_size = static_cast<int>(sizes.page_size)},
+                             .page_size = static_cast<int>(sizes.page_size),
+                             .kept = kept},
                             current_stream(scores)));
   });
 }
@@ -219,8 +222,10 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        double scale, double soft_cap, const Tensor& out,
                        const std::optional<Tensor>& workspace,
                        const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
-                       bool follows_write_kv) {
+                       bool follows_write_kv, int64_t keep_first_pages,
+                       int64_t keep_newest_percent) {
   const char* op = "cluster_decode";
+  const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
@@ -252,8 +257,9 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
               .head_stride = far_keys->stride(1)};
     }
     check_launch(
-        op, cluster_decode({.decode = params, .follows_write_kv = follows_write_kv && row == 0},
-                           keys, current_stream(kv_cache)));
+        op, cluster_decode(
+                {.decode = params, .kept = kept, .follows_write_kv = follows_write_kv && row == 0},
+                keys, current_stream(kv_cache)));
   });
 }
 
@@ -273,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "cluster_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
       "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
-      "bool follows_write_kv=False) -> ()");
+      "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0) -> ()");
   library.def("max_cluster_pages(int group_size, int head_size, bool far_keys=False) -> int");
   library.def("cuda_archs() -> str");
 }

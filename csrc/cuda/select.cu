@@ -37,31 +37,39 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
 
   for (int pair = begin; pair < end; ++pair) {
     const Segment segment = schedule.segment(pair);
-    const int newest = div_up(p.seq_lens[segment.row], p.page_size) - 1;
+    const int num_pages = div_up(p.seq_lens[segment.row], p.page_size);
     const int budget_pages = p.budget_pages[segment.row];
+    const KeptPages kept = kept_pages(p.kept, budget_pages);
     const float* scores =
         p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride;
     int32_t* pages =
         p.pages + segment.row * p.pages_row_stride + segment.head * p.pages_head_stride;
 
-    // The newest page comes last whatever its score; the others compete.
-    if (threadIdx.x == 0) pages[budget_pages - 1] = newest;
-    if (budget_pages == 1) continue;
+    // List the pages that are kept whatever their scores; the others compete.
+    for (int i = threadIdx.x; i < kept.first; i += kThreads) pages[i] = i;
+    for (int i = threadIdx.x; i < kept.newest; i += kThreads) {
+      pages[budget_pages - 1 - i] = num_pages - 1 - i;
+    }
+    const int num_chosen = budget_pages - kept.first - kept.newest;
+    if (num_chosen == 0) continue;
+    const int num_competing = num_pages - kept.first - kept.newest;
+    scores += kept.first;
+    pages += kept.first;
 
-    // Find the range of the keys, and keep them.
-    const bool keeps_keys = key_groups(newest) * kGroupKeys <= room;
+    // Find the range of the competing pages' keys, and keep them.
+    const bool keeps_keys = key_groups(num_competing) * kGroupKeys <= room;
     KeyRange range = KeyRange::of_none();
-    for (int first = threadIdx.x; first < newest; first += kLoadsInFlight * kThreads) {
+    for (int first = threadIdx.x; first < num_competing; first += kLoadsInFlight * kThreads) {
       float score[kLoadsInFlight];
 #pragma unroll
       for (int k = 0; k < kLoadsInFlight; ++k) {
-        score[k] = load_once(scores + min(first + k * kThreads, newest - 1));
+        score[k] = load_once(scores + min(first + k * kThreads, num_competing - 1));
       }
 #pragma unroll
       for (int k = 0; k < kLoadsInFlight; ++k) {
         const uint32_t key = key_of(score[k]);
         range.add(key);
-        if (keeps_keys) keys[min(first + k * kThreads, newest - 1)] = key;
+        if (keeps_keys) keys[min(first + k * kThreads, num_competing - 1)] = key;
       }
     }
     range = range.of_warp();
@@ -71,14 +79,16 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerMultiprocessor / kThreads
     __syncthreads();
     range = lane < kWarps ? ranges[lane] : KeyRange::of_none();
 
-    const auto key = [&](int page) { return key_of(load_once(scores + min(page, newest - 1))); };
+    const auto key = [&](int page) {
+      return key_of(load_once(scores + min(page, num_competing - 1)));
+    };
     const auto keys_from = [&](int page) {
       if (keeps_keys) return reinterpret_cast<const uint4*>(keys)[page / kLaneKeys];
       return make_uint4(key(page), key(page + 1), key(page + 2), key(page + 3));
     };
-    Selection<kThreads, decltype(keys_from)> selection(memory, keys_from, bitmap, newest);
-    selection.choose(budget_pages - 1, range.of_warp());
-    selection.list([&](int i, int page) { pages[i] = page; });
+    Selection<kThreads, decltype(keys_from)> selection(memory, keys_from, bitmap, num_competing);
+    selection.choose(num_chosen, range.of_warp());
+    selection.list([&](int i, int page) { pages[i] = kept.first + page; });
     __syncthreads();  // before the next one's keys and counts
   }
 }

@@ -26,6 +26,9 @@ __device__ __forceinline__ uint32_t key_of(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// The key of a page that does not compete: below those of all scores.
+constexpr uint32_t kNoKey = 0;
+
 // The lowest and the highest of some keys.
 struct KeyRange {
   uint32_t lowest, highest;
@@ -123,6 +126,13 @@ class Selection {
       mark_first_equal(undecided);
     }
     __syncthreads();
+  }
+
+  // Mark the first pages too, after choose. Then all threads pass a barrier.
+  __device__ void mark_first(int count) {
+    for (int page = threadIdx.x; page < count; page += kThreads) {
+      atomicOr(bitmap_ + page / kWarpSize, 1u << page % kWarpSize);
+    }
   }
 
   // Remove the mark of a page; returns whether it had one. Called by one thread for each page. Then

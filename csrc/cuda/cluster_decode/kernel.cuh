@@ -73,6 +73,7 @@ class ClusterDecode {
       : p_(params.decode),
         far_keys_(far_keys),
         divisors_(divisors),
+        kept_(params.kept),
         follows_write_kv_(params.follows_write_kv),
         memory_(*reinterpret_cast<Memory*>(shared_memory)),
         merged_(reinterpret_cast<float*>(shared_memory + Layout::merged())),
@@ -94,7 +95,8 @@ class ClusterDecode {
                memory_.table, first_tile_page() + lane_ % kTilePages),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_pages_(p_.rows.budget_pages[row_]),
-        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)) {}
+        num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
+        num_newest_(kept_pages(kept_, budget_pages_).newest) {}
 
   // Wait for the previous kernel, unless it is write_kv: the query was there before that began.
   // Then load the query group to registers.
@@ -157,8 +159,14 @@ class ClusterDecode {
  private:
   __device__ bool is_sparse() const { return num_pages_ > budget_pages_; }
 
-  // Pages that compete by score. The newest page is always chosen.
-  __device__ int num_competing() const { return num_pages_ - 1; }
+  // Pages before the newest that are kept. All are scored; the first that are kept do not compete.
+  __device__ int num_competing() const { return num_pages_ - num_newest_; }
+  __device__ int num_first() const {
+    return min(kept_.first_pages, budget_pages_ - num_newest_);  // as kept_pages
+  }
+
+  // Pages that are chosen by their scores.
+  __device__ int num_chosen() const { return budget_pages_ - num_newest_ - num_first(); }
 
   // Whether shared memory has no room for the row's keys.
   __device__ bool has_far_keys() const { return kFarKeys && num_competing() > room_; }
@@ -196,7 +204,7 @@ class ClusterDecode {
 
   // Whether each warp prefetches its best page before pages are chosen: where a page is a tile.
   __device__ bool prefetches_best() const {
-    return p_.cache.page_size == kTileTokens && budget_pages_ > 1;
+    return p_.cache.page_size == kTileTokens && num_chosen() > 0;
   }
 
   // Tiles of 16 pages are dealt to the CTAs in turn, then to their warps.
@@ -259,9 +267,11 @@ class ClusterDecode {
 
       // Send the keys to all CTAs, 4 to a message: lane 4 * r + c sends those of the c-th 4 pages
       // to CTAs r and r + 8.
-      const uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
       const int page_of_key = first + c_ / 2 * 8 + Bounds::page_of_row(r_);
-      if (page_of_key < num_competing()) {
+      uint32_t key = key_of(c_ < 2 ? scores.x : scores.y);
+      if (page_of_key < num_first()) {
+        key = kNoKey;
+      } else if (page_of_key < num_competing()) {
         if (key > range.highest) best = page_of_key;
         range.add(key);
       }
@@ -361,15 +371,23 @@ class ClusterDecode {
   }
   template <int kGroupsAtOnce, typename Keys, typename List, typename LeaveKeys>
   __device__ void choose(Keys keys, uint4* bitmap, List list, LeaveKeys leave_keys) {
-    if (budget_pages_ > 1) {
+    if (num_chosen() > 0) {
       Selection<kThreads, Keys, kGroupsAtOnce> selection(memory_.selection, keys, bitmap,
                                                          num_competing());
-      selection.choose(budget_pages_ - 1, range_of_all());
+      selection.choose(num_chosen(), range_of_all());
+      if (num_first() > 0) {
+        selection.mark_first(num_first());
+        __syncthreads();
+      }
       if (prefetches_best()) take_best(selection);
       leave_keys();
       selection.list(list);
+    } else {
+      for (int i = threadIdx.x; i < num_first(); i += kThreads) list(i, i);
     }
-    if (threadIdx.x == 0) list(budget_pages_ - 1 - num_taken_, num_pages_ - 1);
+    for (int i = threadIdx.x; i < num_newest_; i += kThreads) {
+      list(budget_pages_ - num_newest_ - num_taken_ + i, num_competing() + i);
+    }
     __syncthreads();
   }
 
@@ -476,6 +494,7 @@ class ClusterDecode {
   const SparseDecodeParams& p_;
   const FarKeys& far_keys_;
   const Divisors& divisors_;
+  const Kept& kept_;
   const bool follows_write_kv_;
   Memory& memory_;
   float* const merged_;         // [ctas, share] parts that all CTAs send to this one
@@ -493,6 +512,7 @@ class ClusterDecode {
   const int row_, head_;
   Table table_;
   const int seq_len_, budget_pages_, num_pages_;
+  const int num_newest_;  // pages kept at the row's end
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
   RingPosition write_end_, read_end_;  // this warp's ring
