@@ -70,11 +70,11 @@ def test_budgets_follow_their_requests(tmp_path, monkeypatch, v2_runner):
     ]
     seen = []
 
-    def sparse_decode(query, kv_cache, block_table, seq_lens, row_budgets, *rest):
+    def sparse_decode(query, kv_cache, rows, *rest, **settings):
         # Position 0 has no rotation, so the first key of a request depends on its mark alone.
-        marks = kv_cache[block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
-        seen.extend(zip(marks, row_budgets.tolist(), strict=True))
-        compiled(query, kv_cache, block_table, seq_lens, row_budgets, *rest)
+        marks = kv_cache[rows.block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
+        seen.extend(zip(marks, rows.budget_pages.tolist(), strict=True))
+        compiled(query, kv_cache, rows, *rest, **settings)
 
     compiled = ops.sparse_decode
     monkeypatch.setattr(ops, "sparse_decode", sparse_decode)
