@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 
 import vllm_quest
 from batch import Shape, make_batch
@@ -101,6 +102,15 @@ def test_stats_are_exact(model, enforce_eager, process, monkeypatch):
         after = vllm_quest.stats(llm)
     counted = Counts(*(b - a for a, b in zip(before.values(), after.values(), strict=True)))
     assert counted == slow_count(8)
+
+
+def test_an_engines_monitor_is_found_again(model):
+    """vLLM calls `__post_init__` again while an engine starts in a process of its own."""
+    arguments = EngineArgs(model, attention_backend="QUEST", skip_tokenizer_init=True)
+    vllm_config = arguments.create_engine_config()
+    made = monitor.Monitor.of(vllm_config, torch.device("cpu"))
+    vllm_config.__post_init__()
+    assert monitor.Monitor.existing(vllm_config) is made
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
