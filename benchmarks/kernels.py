@@ -137,8 +137,9 @@ class DecodeStep:
     def __init__(self, case: Case, layers: Sequence[Layer]) -> None:
         self.case, self.layers = case, layers
         rows_heads = (case.rows, case.kv_heads)
-        self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
-        self.budgets = torch.full_like(self.seq_lens, case.budget_pages)
+        seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
+        budget_pages = torch.full_like(seq_lens, case.budget_pages)
+        self.rows = [ops.Rows(layer.block_table, seq_lens, budget_pages) for layer in layers]
         self.query = torch.randn(case.rows, case.heads, case.head_size, device=DEVICE).to(
             case.dtype
         )
@@ -146,63 +147,45 @@ class DecodeStep:
         self.out = torch.empty_like(self.query)
         self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
-        self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
         self.uses_clusters = ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
+        self.attention_settings = {
+            "page_size": case.page_size,
+            "scale": case.head_size**-0.5,
+            "workspace": ops.decode_workspace(group_size, case.head_size, DEVICE),
+        }
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
-        ops.write_kv(
-            self.key, self.key, self.layers[i].kv_cache, self.slots[i], self.case.page_size
-        )
+        kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
+        ops.write_kv(self.key, self.key, kv_cache, self.slots[i], page_size=page_size)
 
     def score(self, i: int) -> None:
-        layer = self.layers[i]
-        ops.score(
-            self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
-            self.case.page_size,
-            self.scores,
-        )
+        kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
+        ops.score(self.query, kv_cache, self.rows[i], self.scores, page_size=page_size)
 
     def select(self, i: int) -> None:
-        ops.select(self.scores, self.seq_lens, self.budgets, self.case.page_size, self.pages)
+        ops.select(self.scores, self.rows[i], self.pages, page_size=self.case.page_size)
 
     def sparse_decode(self, i: int) -> None:
-        layer = self.layers[i]
         ops.sparse_decode(
             self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
+            self.layers[i].kv_cache,
+            self.rows[i],
             self.pages,
-            self.case.page_size,
-            self.case.head_size**-0.5,
-            0.0,
             self.out,
-            self.workspace,
+            **self.attention_settings,
         )
 
     def cluster_decode(self, i: int, *, follows_write_kv: bool) -> None:
-        layer = self.layers[i]
         ops.cluster_decode(
             self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
-            self.case.page_size,
-            self.case.head_size**-0.5,
-            0.0,
+            self.layers[i].kv_cache,
+            self.rows[i],
             self.out,
-            self.workspace,
-            None,
-            self.scores,
+            far_keys=self.scores.view(torch.int32),
             follows_write_kv=follows_write_kv,
+            **self.attention_settings,
         )
 
     def three_launches(self, i: int) -> None:
