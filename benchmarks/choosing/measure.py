@@ -45,7 +45,8 @@ def measure_window(
     The floor reads the whole window in one pass: another batch composition, and PyTorch's fused
     attention in the place of explicit logits.
     """
-    text, fact_text = model.read(window.read), model.read(facts.read)
+    text = model.read(window.read)
+    fact_text = model.read(facts.read) if facts.questions else []
     fed = torch.tensor([window.fed])
     targets = torch.tensor(window.targets)
     full = model.decode(text, fed, None, 0)[0].argmax(-1)
