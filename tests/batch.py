@@ -1,6 +1,6 @@
 """Batches of decode rows for tests of the operators, hostile to kernels that read too much."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +66,8 @@ class Batch:
     scale: float
     soft_cap: float
     workspace: Tensor | None
+    kept: dict[str, int] = field(default_factory=dict)
+    """What `select` and `cluster_decode` keep before they choose, as their arguments."""
 
     def num_pages(self, row: int) -> int:
         return reference.num_pages(int(self.rows.seq_lens[row]), self.shape.page_size)
@@ -97,7 +99,8 @@ class Batch:
         return self.scores
 
     def select(self, module: ModuleType = ops) -> Tensor:
-        module.select(self.scores, self.rows, self.pages, page_size=self.shape.page_size)
+        page_size = self.shape.page_size
+        module.select(self.scores, self.rows, self.pages, page_size=page_size, **self.kept)
         return self.pages
 
     def sparse_decode(self, module: ModuleType = ops, *, counters: Tensor | None = None) -> Tensor:
@@ -133,6 +136,7 @@ class Batch:
             far_keys=self.scores.view(torch.int32) if max_pages > near else None,
             follows_write_kv=follows_write_kv,
             **self._attention,
+            **self.kept,
         )
         return self.out
 

@@ -144,19 +144,35 @@ def test_selection_equals_the_reference_ties_included(data: st.DataObject) -> No
         scores[row, 0, : len(values)] = torch.tensor(values)
     budget = data.draw(st.integers(1, max_pages))
     lengths = [8 * len(values) - 3 for values in rows]
-    assert_selects_as_the_reference(scores, lengths, [budget] * len(rows))
+    kept = {
+        "keep_first_pages": data.draw(st.sampled_from([0, 1, 3, 2**40])),
+        "keep_newest_percent": data.draw(st.sampled_from([0, 13, 25, 50, 100])),
+    }
+    assert_selects_as_the_reference(scores, lengths, [budget] * len(rows), **kept)
 
 
 def assert_selects_as_the_reference(
-    scores: Tensor, seq_lens: list[int], budget_pages: list[int]
+    scores: Tensor, seq_lens: list[int], budget_pages: list[int], **kept: int
 ) -> None:
     """In pages of 8 tokens."""
     rows = rows_to_select(seq_lens, budget_pages)
     found = torch.full((*scores.shape[:2], max(budget_pages)), UNTOUCHED, dtype=torch.int32)
     expected = found.clone()
-    ops.select(scores, rows, found, page_size=8)
-    reference.select(scores, rows, expected, page_size=8)
+    ops.select(scores, rows, found, page_size=8, **kept)
+    reference.select(scores, rows, expected, page_size=8, **kept)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"keep_first_pages": -1}, "keep_first_pages must be at least 0, got -1"),
+        ({"keep_newest_percent": 101}, "keep_newest_percent must be 0 to 100, got 101"),
+    ],
+)
+def test_select_says_what_cannot_be_kept(kept: dict[str, int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"vllm_quest::select: values: {message}"):
+        assert_selects_as_the_reference(torch.zeros(1, 1, 4), [32], [2], **kept)
 
 
 def test_zeros_of_both_signs_are_equal_scores() -> None:

@@ -95,7 +95,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
         self.quest = QuestConfig.active()
-        self.kept = {
+        self.kept: dict[str, Any] = {
             "keep_first_pages": self.quest.keep_first_pages,
             "keep_newest_percent": self.quest.keep_newest_percent,
         }

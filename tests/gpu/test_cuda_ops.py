@@ -199,16 +199,20 @@ def test_scores_bound_every_key() -> None:
 
 
 def selected_alike(
-    scores: Tensor, num_pages: list[int], budget_pages: list[int], page_size: int = 16
+    scores: Tensor,
+    num_pages: list[int],
+    budget_pages: list[int],
+    page_size: int = 16,
+    **kept: int,
 ) -> bool:
     seq_lens = [n * page_size - 3 if n else 0 for n in num_pages]
     max_selected = max(budget for budget in budget_pages if budget != ops.UNLIMITED_PAGES)
     expected = torch.full((*scores.shape[:2], max_selected), UNTOUCHED, dtype=torch.int32)
     pages = expected.to(DEVICE, copy=True)
     rows = rows_to_select(seq_lens, budget_pages, DEVICE)
-    ops.select(scores.to(DEVICE), rows, pages, page_size=page_size)
+    ops.select(scores.to(DEVICE), rows, pages, page_size=page_size, **kept)
     rows = rows_to_select(seq_lens, budget_pages)
-    reference.select(scores, rows, expected, page_size=page_size)
+    reference.select(scores, rows, expected, page_size=page_size, **kept)
     return torch.equal(pages.cpu(), expected)
 
 
@@ -221,6 +225,15 @@ def test_selection_is_exact(page_size: int) -> None:
     num_pages = [1, 2, 3, 31, 32, 33, 100, 511, 512, 513, 514, 1000, 2048, 0, 1025]
     budget_pages = [1, 1, 2, 4, 32, 32, 99, 128, 511, 512, 513, 128, ops.UNLIMITED_PAGES, 7, 512]
     assert selected_alike(random_scores(15, 3, 2048), num_pages, budget_pages, page_size)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 2**40])
+@pytest.mark.parametrize("percent", [0, 25, 100])
+def test_pages_are_kept_before_others_are_chosen(first: int, percent: int) -> None:
+    num_pages = [2, 3, 33, 100, 512, 513, 1000, 2048, 0, 1025]
+    budget_pages = [1, 2, 32, 9, 128, 511, 3, 1024, 7, 700]
+    kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    assert selected_alike(random_scores(10, 3, 2048).round(), num_pages, budget_pages, **kept)
 
 
 def test_equal_scores_go_to_lower_pages() -> None:
