@@ -42,6 +42,21 @@ def test_dense_rows(shape: Shape) -> None:
     assert decodes_alike(make_batch(shape, lengths, ops.UNLIMITED_PAGES, DEVICE))
 
 
+@pytest.mark.parametrize("first", [0, 1, 5, 2**40])
+@pytest.mark.parametrize("percent", [0, 25, 100])
+@pytest.mark.parametrize("page_size", [8, 16])
+@pytest.mark.parametrize("rows", [1, 6, 40])  # clusters of 16 CTAs, of some, and CTAs alone
+def test_pages_are_kept_before_others_are_chosen(
+    rows: int, page_size: int, percent: int, first: int
+) -> None:
+    lengths = [1 + 977 * row % 3000 + 100 * page_size for row in range(rows)]
+    budgets = [(1, 2, 40, 17, 100, 1000)[row % 6] for row in range(rows)]
+    batch = make_batch(Shape(num_kv_heads=4, page_size=page_size), lengths, budgets, DEVICE)
+    batch.kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    batch.query[1::3] = 0  # equal scores
+    assert decodes_alike(batch)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 33])
 def test_clusters_of_every_size(rows: int) -> None:
     lengths = [1000 + 977 * row % 3000 for row in range(rows)]
@@ -93,17 +108,24 @@ def wide_table(shape: Shape) -> int:
     return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
 
 
-def decodes_far_keys_alike(budget_pages: int, page_size: int) -> bool:
+def decodes_far_keys_alike(budget_pages: int, page_size: int, **kept: int) -> bool:
     shape = Shape(num_kv_heads=1, page_size=page_size)
     tokens = wide_table(shape)
     lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
     batch = make_batch(shape, lengths, budget_pages, DEVICE, max_tokens=tokens)
+    batch.kept = kept
     batch.query[4] = 0  # equal scores
     return decodes_alike(batch)
 
 
 def test_rows_with_far_keys() -> None:
     assert decodes_far_keys_alike(40, page_size=8)
+
+
+@pytest.mark.parametrize("percent", [0, 25, 100])
+def test_rows_with_far_keys_keep_pages(percent: int) -> None:
+    kept = {"keep_first_pages": 1, "keep_newest_percent": percent}
+    assert decodes_far_keys_alike(40, page_size=8, **kept)
 
 
 @pytest.mark.large
