@@ -32,8 +32,6 @@
 #include "../split_decode.cuh"
 #include "../tiles.cuh"
 #include "layout.cuh"
-#include "merge.cuh"
-#include "table.cuh"
 
 namespace quest::cuda {
 
@@ -57,11 +55,10 @@ class ClusterDecode {
   using Messages = typename Layout::Messages;
   using Tile = quest::cuda::Tile<kHeadSize>;
   using Bounds = BoundsTile<kHeadSize>;
-  using Table = RowTable<Layout::kThreads>;
-  using Merge = ClusterMerge<T, kHeadSize, kGroupTiles>;
   using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Layout::kWarps, kThreads = Layout::kThreads;
-  static constexpr int kTileBytes = Layout::kTileBytes;
+  static constexpr int kTileBytes = Layout::kTileBytes, kResultPitch = Layout::kResultPitch;
+  static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   static constexpr int kKeysPerMessage = 4;
   static constexpr int kFarGroups = 16;  // groups of far keys that a warp loads at once
 
@@ -90,9 +87,12 @@ class ClusterDecode {
         cta_{ctas, rank_in_cluster()},
         row_(divisors.num_kv_heads.quotient(cluster_number())),
         head_(cluster_number() - row_ * p_.cache.num_kv_heads),
-        table_(p_.cache, divisors.pages_per_block,
-               p_.rows.block_table + row_ * p_.rows.block_table_stride, p_.rows.max_blocks,
-               memory_.table, first_tile_page() + lane_ % kTilePages),
+        table_(p_.rows.block_table + row_ * p_.rows.block_table_stride),
+        first_entry_(
+            load_once(table_ + min(static_cast<int>(threadIdx.x), p_.rows.max_blocks - 1))),
+        first_tile_entry_(load_once(
+            table_ + min(divisors.pages_per_block.quotient(first_tile_page() + lane_ % kTilePages),
+                         p_.rows.max_blocks - 1))),
         seq_len_(p_.rows.seq_lens[row_]),
         budget_pages_(p_.rows.budget_pages[row_]),
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
@@ -126,11 +126,11 @@ class ClusterDecode {
     cluster_arrive();
 
     // Load the block table, and issue the first bounds before the table arrives.
-    typename Table::MoreEntries entries;
-    table_.load(entries, num_pages_);
+    int32_t entries[kMoreEntries];
+    load_entries(entries);
     if (kFarKeys && is_sparse()) look_ahead(first_tile_page() + tile_step());
     if (is_sparse()) fetch_first_bounds();
-    table_.store(entries, num_pages_);
+    keep_entries(entries);
     memory_.selection.clear();
     if (budget_pages_ == kUnsettledPages) wait_for_previous_kernel();
     query_.store(memory_.query);
@@ -179,8 +179,11 @@ class ClusterDecode {
   // Whether the pages before `page` were written in earlier steps.
   __device__ bool is_settled_before(int page) const { return page + kGrowingPages <= num_pages_; }
 
-  __device__ Merge merge() const {
-    return Merge(p_, divisors_.share, cta_, memory_, merged_, tiles_, messages_, row_, head_);
+  // This CTA's share of the elements [group_size, head_size]. The last CTAs' shares may be smaller.
+  __device__ int share() const { return divisors_.share.divisor(); }
+  __device__ int first_merged() const { return cta_.rank * share(); }
+  __device__ int num_merged() const {
+    return max(0, min(share(), p_.group_size * kHeadSize - first_merged()));
   }
 
   // Announce to the barriers how many bytes all CTAs of the cluster, this one included, will send
@@ -194,7 +197,11 @@ class ClusterDecode {
       memory_.arrived.scores.expect(num_messages * sizeof(uint4) +
                                     cta_.ctas * kWarps * sizeof(WarpPages));
     }
-    memory_.arrived.parts.expect(merge().expected_bytes());
+    const int first = first_merged(), end = first + num_merged();
+    const int num_heads = (end + kHeadSize - 1) / kHeadSize - first / kHeadSize;
+    memory_.arrived.parts.expect(first == end ? 0
+                                              : cta_.ctas * (num_merged() * sizeof(float) +
+                                                             num_heads * sizeof(SoftmaxState)));
   }
 
   // With few rows, the time that a warp takes for a tile counts, and tiles are padded. With many,
@@ -211,23 +218,62 @@ class ClusterDecode {
   __device__ int first_tile_page() const { return (warp_ * cta_.ctas + cta_.rank) * kTilePages; }
   __device__ int tile_step() const { return kWarps * cta_.ctas * kTilePages; }
 
+  // A thread puts entries threadIdx.x, threadIdx.x + kThreads, ... of the block table in shared
+  // memory: the first, which the constructor loaded, and kMoreEntries more, loaded at once.
+  static constexpr int kMoreEntries = kTableEntries / kThreads - 1;
+  __device__ int num_blocks() const {
+    return divisors_.pages_per_block.quotient(num_pages_ + p_.cache.pages_per_block - 1);
+  }
+  __device__ void load_entries(int32_t (&entries)[kMoreEntries]) const {
+    if (num_blocks() <= kThreads) return;
+#pragma unroll
+    for (int k = 0; k < kMoreEntries; ++k) {
+      const int entry = (k + 1) * kThreads + static_cast<int>(threadIdx.x);
+      entries[k] = load_once(table_ + min(entry, num_blocks() - 1));
+    }
+  }
+  __device__ void keep_entries(const int32_t (&entries)[kMoreEntries]) {
+    memory_.table[threadIdx.x] = first_entry_;
+    if (num_blocks() <= kThreads) return;
+#pragma unroll
+    for (int k = 0; k < kMoreEntries; ++k) {
+      memory_.table[(k + 1) * kThreads + threadIdx.x] = entries[k];
+    }
+  }
+
+  // A page of the cache: its block, and its number in the block.
+  struct CachePage {
+    int block, page_in_block;
+  };
+
+  // Where a page of the row lies. `entry(i)` is the i-th entry of the block table.
+  template <typename Entry>
+  __device__ CachePage place_of(int page, Entry entry) const {
+    const int i = divisors_.pages_per_block.quotient(page);
+    return {entry(i), page - i * p_.cache.pages_per_block};
+  }
+  __device__ CachePage look_up(int page) const {
+    return place_of(
+        page, [&](int i) { return i < kTableEntries ? memory_.table[i] : load_once(table_ + i); });
+  }
+
   // Issue the copies of a tile of bounds.
   __device__ void fetch_bounds(int first_page) {
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
     if constexpr (kFarKeys) {
-      copy_bounds_of(first_page, table_.look_up_next(page));
+      copy_bounds_of(first_page, place_of(page, [&](int) { return next_tile_entry_; }));
       look_ahead(first_page + tile_step());
     } else {
-      copy_bounds_of(first_page, table_.look_up(page));
+      copy_bounds_of(first_page, look_up(page));
     }
   }
 
-  // Load the block-table entries of the next tile.
+  // Load the block-table entries of the next tile: most of a long row's table is in device memory.
   __device__ void look_ahead(int first_page) {
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
-    table_.look_ahead(page);
+    next_tile_entry_ = load_once(table_ + divisors_.pages_per_block.quotient(page));
   }
 
   // Issue the copies of this warp's first tile of bounds, before the table is in shared memory.
@@ -235,7 +281,9 @@ class ClusterDecode {
     const int first_page = first_tile_page();
     if (first_page >= num_competing()) return;
     const int page = bounds_page<kHeadSize>(first_page, num_competing());
-    copy_bounds_of(first_page, table_.look_up_first(page, page - first_page));
+    copy_bounds_of(first_page, place_of(page, [&](int) {
+                     return __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
+                   }));
   }
 
   // Lane l < 16 gives the place of the tile's l-th page.
@@ -322,7 +370,7 @@ class ClusterDecode {
 
   // The offset of a page's keys and values in the cache, in elements.
   __device__ int64_t start_of(int page) const {
-    const CachePage cache_page = table_.look_up(page);
+    const CachePage cache_page = look_up(page);
     return cache_page.block * p_.cache.block_stride + head_ * p_.cache.head_stride +
            cache_page.page_in_block * p_.cache.page_size * Tile::kRowSize;
   }
@@ -454,8 +502,7 @@ class ClusterDecode {
 
     // Merge the results of warps, then of CTAs.
     wait_for_previous_kernel();
-    const Merge merging = merge();
-    merging.merge_warps(attention, reinterpret_cast<float*>(tile(RingPosition())));
+    merge_warps(attention);
     if (p_.counters != nullptr && head_ == 0 && cta_.rank == 0 && threadIdx.x == kThreads - 1) {
       count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_pages_);
     }
@@ -463,7 +510,7 @@ class ClusterDecode {
     // Release the next kernel only now: CTAs that start while this kernel's are running crowd on
     // few multiprocessors.
     release_next_kernel();
-    merging.merge_ctas();
+    merge_ctas();
   }
 
   // Look up where this warp's next tiles lie. Lane l looks up half l % 2 of tile l / 2.
@@ -491,6 +538,111 @@ class ClusterDecode {
     copy_tokens(start + token * Tile::kRowSize, rest >= kTileTokens);
   }
 
+  // Merge the warps' results, and send each CTA its share of the elements [group_size, head_size].
+  // All maxima come first, then the sums: merging state by state would wait at each step.
+  __device__ void merge_warps(const Attention& attention) {
+    float* const values = reinterpret_cast<float*>(tile(RingPosition()));
+#pragma unroll
+    for (int tile = 0; tile < kGroupTiles; ++tile) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int head = tile * 8 + 2 * c_ + k;
+        const SoftmaxState state = attention.state(tile, k);
+        if (r_ == 0) memory_.warp_state[warp_][head] = state;
+#pragma unroll
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          const int dim = slab * kSlab + 8 * r_;
+          if (head < p_.group_size && dim < kHeadSize) {
+            attention.write_values(tile, slab, k, 1.0f, values + head * kResultPitch + dim);
+          }
+        }
+      }
+    }
+    __syncthreads();
+
+    // Merge two elements in each thread.
+#pragma unroll 1
+    for (int i = 2 * threadIdx.x; i < p_.group_size * kHeadSize; i += 2 * kThreads) {
+      const int head = i / kHeadSize, dim = i % kHeadSize;
+      SoftmaxState state[kWarps];
+      float2 part[kWarps];
+      SoftmaxState merged_state = no_tokens();
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) {
+        state[warp] = memory_.warp_state[warp][head];
+        part[warp] = *reinterpret_cast<const float2*>(tiles_ + warp * kTileBytes +
+                                                      (head * kResultPitch + dim) * sizeof(float));
+        merged_state.max_log2 = fmaxf(merged_state.max_log2, state[warp].max_log2);
+      }
+      float2 merged = {};
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) {
+        const float factor = rescale(state[warp].max_log2, merged_state.max_log2);
+        merged_state.sum += state[warp].sum * factor;
+        merged.x += part[warp].x * factor;
+        merged.y += part[warp].y * factor;
+      }
+      const int cta = divisors_.share.quotient(i), element = i - cta * share();
+      cta_.tell(cta, merged_ + first_merged() + element, memory_.arrived.parts,
+                make_uint2(__float_as_uint(merged.x), __float_as_uint(merged.y)));
+      // Send the head's state with its first elements in the share.
+      if (dim == 0 || element == 0) {
+        cta_.tell(
+            cta, &messages_[cta_.rank].state[head], memory_.arrived.parts,
+            make_uint2(__float_as_uint(merged_state.max_log2), __float_as_uint(merged_state.sum)));
+      }
+    }
+  }
+
+  // Merge all CTAs' parts of this CTA's share, and write the output. 1, 2 or 4 neighbouring lanes
+  // have an element together, with up to 4 CTAs' parts each.
+  __device__ void merge_ctas() const {
+    constexpr int kParts = 4;
+    const int log2_lanes = cta_.ctas <= kParts ? 0 : cta_.ctas <= 2 * kParts ? 1 : 2;
+    static_assert(kMaxClusterCtas == 4 * kParts);
+    const int lane = lane_ & ((1 << log2_lanes) - 1);
+#pragma unroll 1
+    for (int first = 0; first < num_merged(); first += kThreads >> log2_lanes) {
+      const int i = first + (static_cast<int>(threadIdx.x) >> log2_lanes);
+      const int in_share = min(i, num_merged() - 1), element = first_merged() + in_share;
+      const int head = element / kHeadSize;
+      SoftmaxState state[kParts];
+      float part[kParts];
+      SoftmaxState merged_state = no_tokens();
+      float merged = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        const int cta = min(lane + (k << log2_lanes), cta_.ctas - 1);
+        state[k] = messages_[cta].state[head];
+        part[k] = merged_[cta * share() + in_share];
+        if (lane + (k << log2_lanes) >= cta_.ctas) state[k].max_log2 = -INFINITY;
+        merged_state.max_log2 = fmaxf(merged_state.max_log2, state[k].max_log2);
+      }
+#pragma unroll 1
+      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
+        merged_state.max_log2 =
+            fmaxf(merged_state.max_log2, __shfl_xor_sync(kAllLanes, merged_state.max_log2, lanes));
+      }
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) {
+        const float factor = rescale(state[k].max_log2, merged_state.max_log2);
+        merged_state.sum += state[k].sum * factor;
+        merged += part[k] * factor;
+      }
+#pragma unroll 1
+      for (int lanes = 1; lanes < 1 << log2_lanes; lanes *= 2) {
+        merged_state.sum += __shfl_xor_sync(kAllLanes, merged_state.sum, lanes);
+        merged += __shfl_xor_sync(kAllLanes, merged, lanes);
+      }
+      if (lane != 0 || i >= num_merged()) continue;
+      T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
+                     (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
+      // A row without tokens has the output 0.
+      *out = Element<T>::from_float(
+          merged_state.sum == 0.0f ? 0.0f : __fdividef(merged, merged_state.sum));
+    }
+  }
+
   const SparseDecodeParams& p_;
   const FarKeys& far_keys_;
   const Divisors& divisors_;
@@ -510,11 +662,14 @@ class ClusterDecode {
 
   const ClusterCta cta_;
   const int row_, head_;
-  Table table_;
+  const int32_t* const table_;
+  const int32_t first_entry_;       // the first table entry that this thread puts in shared memory
+  const int32_t first_tile_entry_;  // the table entry of this lane's page in the warp's first tile
   const int seq_len_, budget_pages_, num_pages_;
   const int num_newest_;  // pages kept at the row's end
   GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
 
+  int32_t next_tile_entry_ = 0;        // the entry of this lane's page in the warp's next tile
   RingPosition write_end_, read_end_;  // this warp's ring
   int best_ = -1;                      // the page that this warp prefetches before pages are chosen
   bool is_best_chosen_ = false;
