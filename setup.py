@@ -30,6 +30,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest whose stable ABI has all we use
+# PyTorch's own, by name: Pythons whose linker flags say -static-libstdc++ would give each operator
+# library a second copy of it, which crashes when an error's message is put together.
+SHARED_STDCXX = "-l:libstdc++.so.6"
 STAGES = ("write_kv", "score", "select", "sparse_decode")
 OBJECTS = ROOT / "build" / "objects"  # kept, so that a wheel compiles nothing twice
 LIBRARIES = ("vllm_quest._C", "vllm_quest._C_cuda")
@@ -95,7 +98,7 @@ class BuildNative(build_ext):
             objects,
             self.get_ext_fullpath(ext.name),
             library_dirs=[str(torch_lib)],
-            extra_postargs=list(ext.link_flags),
+            extra_postargs=[*ext.link_flags, SHARED_STDCXX],
             target_lang="c++",
         )
 

@@ -26,6 +26,7 @@ from benchmarks.accuracy.tasks.passkey import KEY, MAX_KEY
 from benchmarks.accuracy.tokens import Tokens
 from benchmarks.accuracy.vllm_engine import VllmEngine
 from engines import DENSE, ON_GPU, engine, greedy
+from vllm_quest import ops
 from vllm_quest.pass_keys import make_haystack
 
 CONTEXT_TOKENS = 2048
@@ -160,7 +161,7 @@ def make_layer(page_size, num_rows=3, num_kv_heads=2, group_size=2, head_size=64
     budgets = torch.tensor([4, 4, 6][:num_rows], dtype=torch.int32)
     pages = torch.full((num_rows, num_kv_heads, 6), -1, dtype=torch.int32)
     scores = torch.full((num_rows, num_kv_heads, blocks * 32 // page_size), torch.nan)
-    return keys, (query, cache, table, seq_lens, budgets, scores, pages)
+    return keys, (query, cache, ops.Rows(table, seq_lens, budgets), scores, pages)
 
 
 class Layer:
@@ -176,7 +177,8 @@ class Layer:
 def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):
     monkeypatch.setattr(selections, "GATHERED_BYTES", 1)  # one row at a time
     keys, arguments = make_layer(page_size=16)
-    query, *_, budgets, _, pages = arguments
+    query, _, rows, _, pages = arguments
+    budgets = rows.budget_pages
     selections.choose_oracle(Layer(16), None, *arguments)
     for row in (1, 2):
         for head in range(2):
@@ -190,7 +192,8 @@ def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):
 def test_the_mass_oracle_takes_the_pages_with_the_most_attention(monkeypatch):
     monkeypatch.setattr(selections, "GATHERED_BYTES", 1)  # one row at a time
     keys, arguments = make_layer(page_size=16)
-    query, *_, budgets, _, pages = arguments
+    query, _, rows, _, pages = arguments
+    budgets = rows.budget_pages
     selections.choose_oracle_mass(Layer(16), None, *arguments)
     by_maximum = torch.full_like(pages, -1)
     selections.choose_oracle(Layer(16), None, *arguments[:-1], by_maximum)

@@ -147,3 +147,12 @@ def test_a_gpu_without_code_is_told_the_cure(monkeypatch, tmp_path, exists, arch
         assert missing is None
     else:
         assert found in missing and "QUEST_CUDA_ARCHS=86 pip install" in missing
+
+
+@pytest.mark.parametrize("device", extension.LIBRARIES)
+def test_the_operators_share_the_c_plus_plus_library_of_pytorch(device):
+    """A copy of their own crashed, on some Pythons, wherever an operator refused a number."""
+    library = extension.library(device)
+    if not library.exists():
+        pytest.skip(f"the operators for {device} are not built")
+    assert b"libstdc++.so.6" in library.read_bytes()
