@@ -195,9 +195,10 @@ def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):
 
 
 def test_dual_chunk_attention_is_served_without_its_configuration(tmp_path):
-    """The cure. Real checkpoints have the second file too, which `--hf-overrides` trips over."""
+    """The cure. Overriding it by null is none: vLLM indexes the null where it finds this file."""
     model = write_model(tmp_path, **DUAL_CHUNK)
-    (tmp_path / "sparse_attention_config.json").write_text("{}")
+    (tmp_path / "sparse_attention_config.json").write_text('{"sparse": {}}')
+    assert "NoneType" in refusal(model, hf_overrides={"dual_chunk_attention_config": None})
     file = Path(model) / "config.json"
     config = json.loads(file.read_text())
     del config["dual_chunk_attention_config"]
