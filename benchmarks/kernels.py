@@ -30,7 +30,8 @@ import torch
 from dense_peers import PEERS, DenseLayers, available_peers, write_and_attend
 from gpu_timing import COLD_BYTES, DEVICE, copy_bytes_per_us, free_memory, time_us
 from report import print_as_measured, print_machine, ratio, write_json
-from vllm_quest import ops
+from vllm_quest import layout, ops
+from vllm_quest.config import SCORES, Score
 
 REFERENCE_CASES = (
     "1x32K 1x128K 8x32K 8x32K/32/32 8x128K 32x32K 64x16K 8x2K"  # rows x context / heads / KV heads
@@ -51,6 +52,7 @@ class Case:
     page_size: int
     block_tokens: int
     dtype: torch.dtype
+    score: Score = "minmax"
 
     @property
     def blocks(self) -> int:
@@ -88,7 +90,9 @@ class Case:
 
     @property
     def score_bytes(self) -> int:
-        return self.rows * self.pages * self.row_bytes if self.is_sparse else 0
+        unit_tokens, unit_rows = layout.unit(self.page_size, self.score)
+        units = -(-self.context_tokens // unit_tokens)
+        return self.rows * units * unit_rows * self.row_bytes if self.is_sparse else 0
 
     @property
     def select_bytes(self) -> int:
@@ -117,10 +121,15 @@ class Layer:
 
     def __init__(self, case: Case) -> None:
         blocks, tokens, page_size = case.rows * case.blocks, case.block_tokens, case.page_size
-        rows = tokens + tokens // page_size
+        rows = layout.block_rows(tokens, page_size, case.score)
         sizes = (blocks, case.kv_heads, rows, 2 * case.head_size)
         self.kv_cache = torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_()
         for part in self.kv_cache.split(1 + (1 << 29) // self.kv_cache[0].nbytes):
+            if case.score == "codes":
+                key = part[:, :, :tokens, : case.head_size].transpose(1, 2).flatten(0, 1)
+                slots = torch.arange(len(key), device=DEVICE)
+                ops.write_kv(key, key, part, slots, page_size=page_size, score=case.score)
+                continue
             keys = part[:, :, :tokens, : case.head_size].unflatten(2, (-1, page_size))
             part[:, :, tokens:, : case.head_size] = keys.amin(dim=3)
             part[:, :, tokens:, case.head_size :] = keys.amax(dim=3)
@@ -137,8 +146,9 @@ class DecodeStep:
     def __init__(self, case: Case, layers: Sequence[Layer]) -> None:
         self.case, self.layers = case, layers
         rows_heads = (case.rows, case.kv_heads)
-        self.seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
-        self.budgets = torch.full_like(self.seq_lens, case.budget_pages)
+        seq_lens = torch.full((case.rows,), case.context_tokens, dtype=torch.int32).to(DEVICE)
+        budget_pages = torch.full_like(seq_lens, case.budget_pages)
+        self.rows = [ops.Rows(layer.block_table, seq_lens, budget_pages) for layer in layers]
         self.query = torch.randn(case.rows, case.heads, case.head_size, device=DEVICE).to(
             case.dtype
         )
@@ -146,63 +156,55 @@ class DecodeStep:
         self.out = torch.empty_like(self.query)
         self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
-        self.workspace = ops.decode_workspace(case.heads // case.kv_heads, case.head_size, DEVICE)
         group_size = case.heads // case.kv_heads
-        self.uses_clusters = ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
+        self.uses_clusters = (
+            case.score != "codes" and ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
+        )
+        self.attention_settings: dict[str, Any] = {
+            "page_size": case.page_size,
+            "scale": case.head_size**-0.5,
+            "workspace": ops.decode_workspace(group_size, case.head_size, DEVICE),
+            "score": case.score,
+        }
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
-        ops.write_kv(
-            self.key, self.key, self.layers[i].kv_cache, self.slots[i], self.case.page_size
-        )
+        kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
+        settings: dict[str, Any] = {"page_size": page_size, "score": self.case.score}
+        ops.write_kv(self.key, self.key, kv_cache, self.slots[i], **settings)
 
     def score(self, i: int) -> None:
-        layer = self.layers[i]
-        ops.score(
-            self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
-            self.case.page_size,
-            self.scores,
-        )
+        kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
+        if self.case.score == "codes":
+            scale = self.case.head_size**-0.5
+            ops.score_codes(
+                self.query, kv_cache, self.rows[i], self.scores, page_size=page_size, scale=scale
+            )
+        else:
+            ops.score(self.query, kv_cache, self.rows[i], self.scores, page_size=page_size)
 
     def select(self, i: int) -> None:
-        ops.select(self.scores, self.seq_lens, self.budgets, self.case.page_size, self.pages)
+        ops.select(self.scores, self.rows[i], self.pages, page_size=self.case.page_size)
 
     def sparse_decode(self, i: int) -> None:
-        layer = self.layers[i]
         ops.sparse_decode(
             self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
+            self.layers[i].kv_cache,
+            self.rows[i],
             self.pages,
-            self.case.page_size,
-            self.case.head_size**-0.5,
-            0.0,
             self.out,
-            self.workspace,
+            **self.attention_settings,
         )
 
     def cluster_decode(self, i: int, *, follows_write_kv: bool) -> None:
-        layer = self.layers[i]
         ops.cluster_decode(
             self.query,
-            layer.kv_cache,
-            layer.block_table,
-            self.seq_lens,
-            self.budgets,
-            self.case.page_size,
-            self.case.head_size**-0.5,
-            0.0,
+            self.layers[i].kv_cache,
+            self.rows[i],
             self.out,
-            self.workspace,
-            None,
-            self.scores,
+            far_keys=self.scores.view(torch.int32),
             follows_write_kv=follows_write_kv,
+            **self.attention_settings,
         )
 
     def three_launches(self, i: int) -> None:
@@ -244,6 +246,7 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
 
     row: dict[str, Any] = {
         "rows x context, heads": str(case),
+        "score": case.score,
         "page": case.page_size,
         "budget": case.budget_tokens,
         "captured for": in_k(case.captured_tokens),
@@ -339,6 +342,7 @@ def parse_case(
         page_size=args.page_size,
         block_tokens=args.block_size,
         dtype=getattr(torch, args.dtype),
+        score=args.score,
     )
 
 
@@ -363,6 +367,7 @@ def main() -> None:
         help="longest context that the block table has room for, as a CUDA graph of a model so "
         "long has it (default: the case's context)",
     )
+    parser.add_argument("--score", choices=SCORES, default="minmax")
     parser.add_argument("--page-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--block-size", type=int, default=128, help="tokens of QUEST's vLLM blocks")
     parser.add_argument("--heads", type=int, default=32, help="query heads of cases without any")

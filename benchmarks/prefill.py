@@ -115,8 +115,9 @@ class QuestLayer:
         self.attention = prefill.attention(case.block_tokens)
 
     def write(self) -> None:
-        prefill, page_size = self.prefill, self.prefill.chunk.cache.page_size
-        ops.write_kv(prefill.key, prefill.value, self.layer.kv_cache, self.slots, page_size)
+        prefill, kv_cache = self.prefill, self.layer.kv_cache
+        page_size = prefill.chunk.cache.page_size
+        ops.write_kv(prefill.key, prefill.value, kv_cache, self.slots, page_size=page_size)
 
     def attend(self) -> None:
         prefill = self.prefill

@@ -16,15 +16,16 @@ namespace {
 void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budget_pages,
                 const Sizes& sizes, bool has_pages) {
   for (int64_t row = 0; row < sizes.num_rows; ++row) {
-    const int64_t seq_len = int32s(seq_lens)[row], budget = int32s(budget_pages)[row];
+    const int64_t seq_len = int32s(seq_lens)[row], row_budget_pages = int32s(budget_pages)[row];
     const int64_t capacity = sizes.max_pages * sizes.page_size;
     QUEST_CHECK(0 <= seq_len && seq_len <= capacity, op, "values", "seq_lens must be 0 to ",
                 capacity, " tokens, got ", seq_len, " in row ", row);
-    QUEST_CHECK(budget >= 1, op, "values", "budget_pages must be at least 1 page, got ", budget,
-                " in row ", row);
-    QUEST_CHECK(!has_pages || budget <= sizes.max_selected || budget * sizes.page_size >= seq_len,
+    QUEST_CHECK(row_budget_pages >= 1, op, "values", "budget_pages must be at least 1 page, got ",
+                row_budget_pages, " in row ", row);
+    QUEST_CHECK(!has_pages || row_budget_pages <= sizes.max_selected ||
+                    row_budget_pages * sizes.page_size >= seq_len,
                 op, "values", "budget_pages must be at most max_selected = ", sizes.max_selected,
-                " pages for longer rows, got ", budget, " in row ", row);
+                " pages for longer rows, got ", row_budget_pages, " in row ", row);
   }
 }
 

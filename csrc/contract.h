@@ -8,8 +8,8 @@
 
 namespace quest {
 
-// A budget above every context's pages, for rows that may read pages which another row writes in
-// the same step: cluster_decode then waits for write_kv before it reads any page. See
+// The budget of a row that may read pages which another row writes in the same step. Every context
+// fits it. cluster_decode waits for write_kv before it reads any page of the row. See
 // cuda/DESIGN.md, "Decode begins beside the write".
 constexpr int32_t kUnsettledPages = INT32_MAX - 1;
 

@@ -1,9 +1,9 @@
-// What sparse_decode counts, in the order of its `counters` tensor. Every (row, KV head) of a call
-// counts once, but for padding rows; a call is one layer. Whoever decodes a row adds, per row,
-// num_kv_heads times the following:
+// What sparse_decode and cluster_decode count, in the order of their `counters` tensor. A call is
+// one layer. Every (row, KV head) of a call counts once; padding rows do not count. For each row
+// the kernel adds num_kv_heads times the following numbers.
 //
-//   over its budget: 1 sparse row, its pages scored, its budget read, its pages full
-//   else:            1 dense row, its pages read, its pages full
+//   A row over its budget: 1 sparse row, its pages as scored, its budget as read, its pages as
+//   full. Any other row:         1 dense row, its pages as read, its pages as full.
 #pragma once
 
 namespace quest {
@@ -11,9 +11,9 @@ namespace quest {
 enum Counter {
   kSparseRows,
   kDenseRows,
-  kPagesScored,  // bounds read: `score` reads those of every page of a row over its budget
-  kPagesRead,    // keys and values read
-  kPagesFull,    // that full attention would have read
+  kPagesScored,  // Bounds that were read: all pages' in a row over its budget.
+  kPagesRead,    // Pages whose keys and values were read.
+  kPagesFull,    // Pages that full attention would have read.
   kNumCounters
 };
 

@@ -8,6 +8,7 @@
 #include "codes.h"
 #include "kept.h"
 #include "score_kind.h"
+#include "softmax_state.h"
 
 namespace quest {
 
@@ -15,8 +16,8 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };  // a GPU takes the first tw
 
 struct KvCache {
   void* data;            // [num_blocks, num_kv_heads, block_rows, 2 * head_size] dtype
-  int64_t block_stride;  // of num_blocks
-  int64_t head_stride;   // of num_kv_heads
+  int64_t block_stride;  // stride of num_blocks
+  int64_t head_stride;   // stride of num_kv_heads
   DType dtype;
   int num_kv_heads;
   int head_size;
@@ -28,7 +29,7 @@ struct KvCache {
 // Decode rows: a query token each.
 struct Rows {
   const int32_t* block_table;   // [num_rows, max_blocks]
-  int64_t block_table_stride;   // of num_rows
+  int64_t block_table_stride;   // stride of num_rows
   const int32_t* seq_lens;      // [num_rows] tokens
   const int32_t* budget_pages;  // [num_rows]
   int num_rows;
@@ -87,9 +88,9 @@ struct SelectParams {
 struct DecodeWorkspace {
   // One per CTA: how many CTAs have left their part of the (row, KV head) that begins in this one.
   // 0 between launches.
-  int32_t* arrivals;      // [max_decode_ctas]
-  float* partial_out;     // [max_decode_ctas, 2, group_size, head_size] weighted values
-  float* partial_weight;  // [max_decode_ctas, 2, group_size, 2] maximum (base 2), sum of weights
+  int32_t* arrivals;            // [max_decode_ctas]
+  float* partial_out;           // [max_decode_ctas, 2, group_size, head_size] weighted values
+  SoftmaxState* partial_state;  // [max_decode_ctas, 2, group_size]
 };
 
 struct SparseDecodeParams {

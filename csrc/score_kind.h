@@ -1,7 +1,6 @@
-// What pages are scored by, the setting `score`: two bounds in a row of their own, or codes.
-//
-// The kernel that scores is the same for all bounds: Σ max(q low, q high), which for low, high =
-// center ∓ spread is q center + |q| spread.
+// What pages are scored by, the setting `score`: two bounds, in a row of their own, or codes. One
+// kernel scores all bounds, by Σ max(q low, q high). For low, high = center ∓ spread this is
+// q center + |q| spread.
 #pragma once
 
 namespace quest {

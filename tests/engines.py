@@ -51,10 +51,14 @@ class Answer:
     leads: tuple[float, ...] = field(compare=False)
 
 
-def write_model(folder: Path, **changes: Any) -> str:
-    """Write a Llama configuration with some values changed. vLLM makes up weights for it."""
+def write_model(folder: Path, *, without: Sequence[str] = (), **changes: Any) -> str:
+    """Write a Llama configuration with some values changed or left out.
+
+    vLLM makes up weights for it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    config = {key: value for key, value in (LLAMA | changes).items() if key not in without}
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
+import os
 import random
+import signal
 import string
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,17 +14,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.accuracy import selections, side_by_side
+from benchmarks.accuracy import report, selections, side_by_side
 from benchmarks.accuracy.cells import FULL, Cell, Result, Store
 from benchmarks.accuracy.cli import main
-from benchmarks.accuracy.interface import Answer, Prompt
+from benchmarks.accuracy.interface import Answer, Prompt, ignore, num_tokens
 from benchmarks.accuracy.intervals import bootstrap, share_right
+from benchmarks.accuracy.measure import Measurement
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.tasks import ALL, Request, Sample
 from benchmarks.accuracy.tasks.passkey import KEY, MAX_KEY
 from benchmarks.accuracy.tokens import Tokens
 from benchmarks.accuracy.vllm_engine import VllmEngine
 from engines import DENSE, ON_GPU, engine, greedy
+from vllm_quest import ops
 from vllm_quest.pass_keys import make_haystack
 
 CONTEXT_TOKENS = 2048
@@ -87,6 +92,22 @@ def test_forced_decoding_under_a_covering_budget_is_full_attention(
         assert ours.tokens == theirs.tokens
         assert ours.question_logprobs == pytest.approx(theirs.question_logprobs, abs=TOLERANCE)
         assert ours.question_hits == theirs.question_hits
+    for prompt, answer in zip(prompts, answers, strict=True):
+        same = [a == b for a, b in zip(answer.question_most_probable, prompt.question, strict=True)]
+        assert tuple(same) == answer.question_hits
+
+
+def test_the_floor_is_full_attention_and_progress_counts_every_token(quest, prompts):
+    computed, finished = [], {}
+    floor = quest.run(
+        prompts, "floor", [FULL] * len(prompts), computed.append, finished.__setitem__
+    )
+    full = quest.run(prompts, "full", [FULL] * len(prompts))
+    assert [finished[number] for number in range(len(prompts))] == floor
+    for ours, theirs in zip(floor, full, strict=True):
+        assert ours.question_logprobs == pytest.approx(theirs.question_logprobs, abs=TOLERANCE)
+    assert sum(computed) == num_tokens(prompts)
+    assert all(tokens >= 0 for tokens in computed)
 
 
 def test_budgets_may_share_a_batch(quest, prompts):
@@ -140,11 +161,14 @@ def make_layer(page_size, num_rows=3, num_kv_heads=2, group_size=2, head_size=64
     budgets = torch.tensor([4, 4, 6][:num_rows], dtype=torch.int32)
     pages = torch.full((num_rows, num_kv_heads, 6), -1, dtype=torch.int32)
     scores = torch.full((num_rows, num_kv_heads, blocks * 32 // page_size), torch.nan)
-    return keys, (query, cache, table, seq_lens, budgets, scores, pages)
+    return keys, (query, cache, ops.Rows(table, seq_lens, budgets), scores, pages)
 
 
 class Layer:
     """What a choice of pages reads of `QuestImpl`."""
+
+    scale = 0.25
+    soft_cap = 0.0
 
     def __init__(self, page_size):
         self.quest = type("Quest", (), {"page_size": page_size})
@@ -153,7 +177,8 @@ class Layer:
 def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):
     monkeypatch.setattr(selections, "GATHERED_BYTES", 1)  # one row at a time
     keys, arguments = make_layer(page_size=16)
-    query, *_, budgets, _, pages = arguments
+    query, _, rows, _, pages = arguments
+    budgets = rows.budget_pages
     selections.choose_oracle(Layer(16), None, *arguments)
     for row in (1, 2):
         for head in range(2):
@@ -161,6 +186,25 @@ def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):
             best = [part.max().item() for part in products.split(16, dim=1)]
             newest, budget = len(best) - 1, int(budgets[row])
             others = sorted(range(newest), key=lambda page: -best[page])[: budget - 1]
+            assert pages[row, head, :budget].tolist() == sorted([*others, newest])
+
+
+def test_the_mass_oracle_takes_the_pages_with_the_most_attention(monkeypatch):
+    monkeypatch.setattr(selections, "GATHERED_BYTES", 1)  # one row at a time
+    keys, arguments = make_layer(page_size=16)
+    query, _, rows, _, pages = arguments
+    budgets = rows.budget_pages
+    selections.choose_oracle_mass(Layer(16), None, *arguments)
+    by_maximum = torch.full_like(pages, -1)
+    selections.choose_oracle(Layer(16), None, *arguments[:-1], by_maximum)
+    assert not torch.equal(pages, by_maximum)
+    for row in (1, 2):
+        for head in range(2):
+            products = query[row, 2 * head : 2 * head + 2] @ keys[row][:, head].T
+            weights = (Layer.scale * products).softmax(dim=1)
+            mass = [part.sum(1).max().item() for part in weights.split(16, dim=1)]
+            newest, budget = len(mass) - 1, int(budgets[row])
+            others = sorted(range(newest), key=lambda page: -mass[page])[: budget - 1]
             assert pages[row, head, :budget].tolist() == sorted([*others, newest])
 
 
@@ -281,6 +325,44 @@ def test_tokens_are_counted_one_by_one_in_their_places():
     assert Sample(Prompt((), (), 6), ("the answer",)).token_share(Answer((), ()), "") is None
 
 
+def test_a_code_of_one_token_per_digit_fits_an_answer_that_names_the_key(byte_tokens):
+    request = Request(byte_tokens, "english", context_tokens=4000, num_samples=2, seed=1)
+    for sample in ALL["key_value"].samples(request):
+        (code,) = sample.targets
+        assert sample.prompt.max_answer_tokens >= byte_tokens.count(f" The code is {code}.")
+        (fact,) = (f for f in make_haystack(4000, 1, seed=0).facts)
+        assert ALL["key_value"].grade(sample, Answer((), ()), f"The code of {fact.key} is {code}")
+
+
+def test_a_text_longer_than_the_model_takes_is_no_warning(byte_tokens, caplog):
+    byte_tokens._tokenizer.model_max_length = 16
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        byte_tokens.ids("a text that has many more bytes than sixteen")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "longer than" not in caplog.text
+
+
+def test_agreement_is_with_full_attention_of_the_same_seed():
+    def perplexity(method, budget, seed, most_probable):
+        cell = Cell("perplexity", 1024, 0, method, "", budget, seed)
+        return Result(cell, [1.0], [None], "a machine", most_probable=[most_probable])
+
+    results = [
+        perplexity("full", FULL, 0, [1, 2, 3, 4]),
+        perplexity("full", FULL, 1, [5, 6, 7, 8]),
+        perplexity("quest", 64, 0, [1, 2, 3, 9]),
+        perplexity("quest", 64, 1, [5, 0, 7, 0]),
+    ]
+    full, quest = report.rows(results, ["minmax"])
+    assert full.agreement is None
+    assert quest.agreement.mean == (3 / 4 + 2 / 4) / 2
+    (alone,) = report.rows(results[2:3], ["minmax"])
+    assert alone.agreement is None
+
+
 def test_wilson_intervals():
     # Textbook values: 0 of 10 gives 0 to 27.8 %, 15 of 20 gives 53.1 to 88.8 %.
     none, most = share_right([0.0] * 10), share_right([1.0] * 15 + [0.0] * 5)
@@ -301,6 +383,81 @@ def test_the_store_goes_on_after_a_broken_line(tmp_path):
     assert cell not in Store(path, {"model": "b"})
     other_seed = dataclasses.replace(cell, seed=1)
     assert store.results([cell, other_seed]) == []
+
+
+class Interrupted(Exception):
+    """A run is stopped."""
+
+
+class CountingEngine:
+    """Answers nothing to anything, and is stopped after so many answers."""
+
+    def __init__(self, max_answers):
+        self.left = max_answers
+        self.asked = []
+
+    def run(self, prompts, method, token_budgets, progress, answered):
+        for number, budget in enumerate(token_budgets):
+            if self.left == 0:
+                raise Interrupted
+            self.left -= 1
+            self.asked.append(budget)
+            answered(number, Answer((), ()))
+
+
+def test_a_stopped_run_keeps_its_answers_and_goes_on(demo_model, tmp_path):
+    tokens = Tokens(demo_model)
+    plan = Plan(
+        model=demo_model,
+        tasks=("passkey",),
+        methods=("quest",),
+        budgets=(64, 128),
+        contexts=(512,),
+        dense_layers=(0,),
+        scores=("minmax",),
+        seeds=1,
+        samples=3,
+        language="demo",
+    )
+
+    def measurement():
+        store = Store(tmp_path / "cells.jsonl", plan.sample_settings())
+        made = Measurement(plan, store, tokens, "a machine")
+        made.make_samples()
+        return made
+
+    first = measurement()
+    (job,) = first._together(first.unfinished())
+    whole = first.num_tokens(job)
+    with pytest.raises(Interrupted):  # the first budget is finished, the second is not
+        first._run_job(CountingEngine(5), job, ignore)
+    second = measurement()
+    assert [cell.token_budget for cell in second.unfinished()] == [128]
+    assert "not finished: quest" in str(second.reasons_unfinished())
+    left = second.num_tokens(second.unfinished())
+    assert 0 < left < whole / 2
+    engine = CountingEngine(1)
+    second._run_job(engine, second.unfinished(), ignore)
+    assert engine.asked == [128]
+    (of_64, of_128) = measurement().store.results(plan.all_cells())
+    assert len(of_64.grades) == len(of_128.grades) == 3
+    assert of_128.answers == [""] * 3
+    assert all(len(target.split()) == 5 for target in of_128.targets)
+    assert of_64.depths == of_128.depths == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+
+
+def test_sigterm_ends_a_run_with_its_report(demo_model, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Measurement, "run", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = [demo_model, "--out", str(tmp_path), "--contexts", "512", "--budgets", "64"]
+    arguments += ["--tasks", "passkey", "--methods", "quest", "--seeds", "1", "--samples", "1"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "not finished: quest" in (tmp_path / "report.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_runs_may_share_a_store(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import vllm_quest
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
 from vllm_quest.budgets import SERVER_DEFAULT, requested_budget
@@ -37,6 +38,21 @@ def test_an_absurd_budget_is_clipped():
     assert requested_budget({"quest_token_budget": 10**30}) == np.iinfo(np.int32).max
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_weights(write_model(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.mark.parametrize("token_budget", [2**40, sys.maxsize, 2**63])
+def test_a_servers_budget_may_be_of_any_size(model, token_budget):
+    """It covers every context."""
+    with engine(model, quest={"token_budget": token_budget, "dense_layers": 0}) as llm:
+        token_ids(llm, random_prompts([300]), greedy(4))
+        stats = vllm_quest.stats(llm)
+    assert stats.sparse_rows == 0
+    assert stats.pages_read == stats.pages_full > 0
+
+
 RUNNERS = [
     "0",
     pytest.param(
@@ -50,14 +66,13 @@ RUNNERS = [
 
 
 @pytest.mark.parametrize("v2_runner", RUNNERS)
-def test_budgets_follow_their_requests(tmp_path, monkeypatch, v2_runner):
+def test_budgets_follow_their_requests(model, monkeypatch, v2_runner):
     """Hundreds of requests through few slots: the pages selected tell whose budget a row had.
 
     Every request's first prompt token is the mark of its budget, which the test reads back from the
     row's first key through the KV cache: nothing here trusts the host's own table of budgets.
     """
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", v2_runner)
-    model = write_weights(write_model(tmp_path))
     rng = random.Random(5)
     choices = [16, 48, 112, 240, -1]
     prompts = random_prompts([rng.choice([20, 130, 300, 600]) for _ in range(200)])
@@ -70,11 +85,11 @@ def test_budgets_follow_their_requests(tmp_path, monkeypatch, v2_runner):
     ]
     seen = []
 
-    def sparse_decode(query, kv_cache, block_table, seq_lens, row_budgets, *rest):
+    def sparse_decode(query, kv_cache, rows, *rest, **settings):
         # Position 0 has no rotation, so the first key of a request depends on its mark alone.
-        marks = kv_cache[block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
-        seen.extend(zip(marks, row_budgets.tolist(), strict=True))
-        compiled(query, kv_cache, block_table, seq_lens, row_budgets, *rest)
+        marks = kv_cache[rows.block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
+        seen.extend(zip(marks, rows.budget_pages.tolist(), strict=True))
+        compiled(query, kv_cache, rows, *rest, **settings)
 
     compiled = ops.sparse_decode
     monkeypatch.setattr(ops, "sparse_decode", sparse_decode)

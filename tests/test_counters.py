@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.engine.arg_utils import EngineArgs
 
 import vllm_quest
-from batch import make_batch, run
+from batch import Shape, make_batch
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import monitor, ops, reference
 from vllm_quest.counters import Counts, QuestStats, total
@@ -21,27 +22,15 @@ BUDGETS = [None, None, 16, 16, 1024, -1]
 
 
 def counts_of(operators, batch, counters) -> list[int]:
-    result = run(operators, batch)
-    rows = (batch.block_table, batch.seq_lens, batch.budgets)
-    operators.sparse_decode(
-        batch.query,
-        batch.kv_cache,
-        *rows,
-        result.pages,
-        batch.page_size,
-        batch.scale,
-        batch.soft_cap,
-        torch.empty_like(result.out),
-        None,
-        counters,
-    )
+    batch.run(operators)
+    batch.sparse_decode(operators, counters=counters)
     return counters.tolist()
 
 
 @pytest.mark.parametrize("operators", [ops, reference], ids=["compiled", "reference"])
 def test_the_operator_counts_rows_and_pages(operators):
     """Lengths 0 (padding), within the budget, and beyond it; two KV heads each."""
-    batch = make_batch([0, 1, 160, 161, 1500], [1, 1, 10, 10, ops.UNLIMITED_PAGES])
+    batch = make_batch(Shape(), [0, 1, 160, 161, 1500], [1, 1, 10, 10, ops.UNLIMITED_PAGES])
     counters = torch.tensor([100, 200, 300, 400, 500])
     full = 1 + 10 + 11 + 94
     expected = [100 + 2, 200 + 2 * 3, 300 + 2 * 11, 400 + 2 * (full - 1), 500 + 2 * full]
@@ -58,7 +47,7 @@ def test_the_operator_counts_rows_and_pages(operators):
 )
 def test_the_operator_says_what_is_wrong_with_counters(counters, message):
     with pytest.raises(RuntimeError, match=f"vllm_quest::sparse_decode: {message}"):
-        counts_of(ops, make_batch([100], [2]), counters)
+        counts_of(ops, make_batch(Shape(), [100], 2), counters)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +64,13 @@ def requests(num_tokens: int):
     return prompts, params
 
 
-def slow_count(num_tokens: int, full_layers: range) -> Counts:
+def slow_count(num_tokens: int, full_layers: int = LAYERS) -> Counts:
     """Count row by row what the requests should read. The prefill makes the first token."""
     counts = []
     for length, own in zip(LENGTHS, BUDGETS, strict=True):
         budget = QUEST["token_budget"] if own is None else own
         steps = range(length + 1, length + num_tokens)
-        for seq_len, layer, _ in product(steps, full_layers, range(KV_HEADS)):
+        for seq_len, layer, _ in product(steps, range(full_layers), range(KV_HEADS)):
             pages = -(-seq_len // PAGE)
             is_sparse = (
                 layer >= QUEST["dense_layers"] and budget != -1 and pages > -(-budget // PAGE)
@@ -100,15 +89,28 @@ CUDA_GRAPHS = pytest.param(
 )
 
 
+@pytest.mark.parametrize("process", ["this process", "vLLM's default"])
 @pytest.mark.parametrize("enforce_eager", [pytest.param(True, id="eager"), CUDA_GRAPHS])
-def test_stats_are_exact(model, enforce_eager):
+def test_stats_are_exact(model, enforce_eager, process, monkeypatch):
+    """Also where users run engines: in a process of their own."""
+    if process == "vLLM's default":
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     prompts, params = requests(8)
     with engine(model, quest=QUEST, enforce_eager=enforce_eager) as llm:
         before = vllm_quest.stats(llm)
         token_ids(llm, prompts, params)
         after = vllm_quest.stats(llm)
     counted = Counts(*(b - a for a, b in zip(before.values(), after.values(), strict=True)))
-    assert counted == slow_count(8, range(LAYERS))
+    assert counted == slow_count(8)
+
+
+def test_an_engines_monitor_is_found_again(model):
+    """vLLM calls `__post_init__` again while an engine starts in a process of its own."""
+    arguments = EngineArgs(model, attention_backend="QUEST", skip_tokenizer_init=True)
+    vllm_config = arguments.create_engine_config()
+    made = monitor.Monitor.of(vllm_config, torch.device("cpu"))
+    vllm_config.__post_init__()
+    assert monitor.Monitor.existing(vllm_config) is made
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
@@ -121,7 +123,7 @@ def test_stats_add_up_workers_in_other_processes(model, monkeypatch):
         before = metrics(llm)  # of this process's other engines
         token_ids(llm, prompts, params)
         stats = vllm_quest.stats(llm)
-        assert stats == QuestStats.of(slow_count(8, range(LAYERS)), PAGE)
+        assert stats == QuestStats.of(slow_count(8), PAGE)
         time.sleep(2 * monitor.LOOK_EVERY_S)
         assert [b - a for a, b in zip(before, metrics(llm), strict=True)] == stats.values()
 
@@ -134,12 +136,13 @@ def test_windowed_layers_do_not_count(tmp_path):
         "tie_word_embeddings": True,
         "sliding_window": 64,
         "hidden_activation": "gelu_pytorch_tanh",
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 4,
+        "layer_types": 2 * ["sliding_attention", "full_attention"],
     }
     prompts, params = requests(4)
     with engine(write_weights(write_model(tmp_path, **windows)), quest=QUEST) as llm:
         token_ids(llm, prompts, params)
-        assert vllm_quest.stats(llm) == QuestStats.of(slow_count(4, range(1, 2)), PAGE)
+        assert vllm_quest.stats(llm) == QuestStats.of(slow_count(4, full_layers=2), PAGE)
 
 
 def test_shares():

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batch import (
-    UNTOUCHED_PAGE,
-    UNTOUCHED_SCORE,
+    UNTOUCHED,
     Batch,
+    Shape,
     bounds_error,
     decode_error,
     make_batch,
-    run,
+    rows_to_select,
     score_error,
 )
 from vllm_quest import ops, reference
-from vllm_quest.config import SCORES, Score
+from vllm_quest.config import BOUNDS, Score
 
+SHAPE = Shape(head_size=64, pages_per_block=2)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ISAS = torch.ops.vllm_quest.cpu_isas().split()
 
@@ -48,26 +49,13 @@ def two_threads() -> Iterator[None]:
 
 
 def assert_equals_reference(batch: Batch) -> None:
-    found = run(ops, batch)
-    expected = run(reference, batch)
+    found = batch.fresh().run(ops)
+    expected = batch.fresh().run(reference)
     assert (found.scores - expected.scores).abs().max() <= score_error(batch)
     # Selection is exact given the scores; where rounding reorders them, the lists may differ.
-    pages = torch.full_like(found.pages, UNTOUCHED_PAGE)
-    reference.select(found.scores, batch.seq_lens, batch.budgets, batch.page_size, pages)
-    assert torch.equal(found.pages, pages)
-    out = torch.empty_like(found.out)
-    reference.sparse_decode(
-        batch.query,
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.budgets,
-        found.pages,
-        batch.page_size,
-        batch.scale,
-        batch.soft_cap,
-        out,
-    )
+    given = replace(batch.fresh(), scores=found.scores)
+    assert torch.equal(found.pages, given.select(reference))
+    out = given.sparse_decode(reference)
     error = (found.out.double() - out.double()).abs()
     # The reference's own rounding of its output counts once more.
     assert (error <= 2 * decode_error(batch, out)).all()
@@ -75,40 +63,29 @@ def assert_equals_reference(batch: Batch) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("head_size", "group_size", "page_size", "block_tokens"),
+    "shape",
     [
-        (64, 1, 8, 8),
-        (80, 3, 16, 128),
-        (96, 4, 24, 48),
-        (128, 8, 16, 64),
-        (128, 4, 64, 64),
-        (256, 5, 32, 32),
+        Shape(64, group_size=1, page_size=8),
+        Shape(80, group_size=3, page_size=16, pages_per_block=8),
+        Shape(96, group_size=4, page_size=24, pages_per_block=2),
+        Shape(128, group_size=8, page_size=16, pages_per_block=4),
+        Shape(128, group_size=4, page_size=64),
+        Shape(256, group_size=5, page_size=32),
     ],
+    ids=lambda shape: f"{shape.head_size}-{shape.group_size}-{shape.page_size}",
 )
-def test_equals_the_reference_at_odd_shapes(
-    dtype: torch.dtype, head_size: int, group_size: int, page_size: int, block_tokens: int
-) -> None:
-    lengths = [0, 1, page_size - 1, page_size, page_size + 1, 5 * page_size + 3, 0]
-    assert_equals_reference(
-        make_batch(
-            lengths,
-            [1, 1, 1, 1, 1, 3, 1],
-            dtype=dtype,
-            head_size=head_size,
-            num_kv_heads=3,
-            group_size=group_size,
-            page_size=page_size,
-            block_tokens=block_tokens,
-        )
-    )
+def test_equals_the_reference_at_odd_shapes(dtype: torch.dtype, shape: Shape) -> None:
+    page = shape.page_size
+    lengths = [0, 1, page - 1, page, page + 1, 5 * page + 3, 0]
+    shape = replace(shape, num_kv_heads=3, dtype=dtype)
+    assert_equals_reference(make_batch(shape, lengths, [1, 1, 1, 1, 1, 3, 1]))
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 1.5, 30.0])
-@pytest.mark.parametrize("strided", [False, True])
-def test_equals_the_reference_with_strides_and_soft_cap(strided: bool, soft_cap: float) -> None:
-    assert_equals_reference(
-        make_batch([600, 33], [7, 2], strided=strided, soft_cap=soft_cap, dtype=torch.float16)
-    )
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_equals_the_reference_with_strides_and_soft_cap(is_strided: bool, soft_cap: float) -> None:
+    shape = replace(SHAPE, is_strided=is_strided, dtype=torch.float16)
+    assert_equals_reference(make_batch(shape, [600, 33], [7, 2], soft_cap=soft_cap))
 
 
 @property_test
@@ -118,18 +95,19 @@ def test_equals_the_reference_with_strides_and_soft_cap(strided: bool, soft_cap:
     seed=st.integers(0, 2**16),
 )
 def test_equals_the_reference_at_any_length(seq_lens: list[int], budget: int, seed: int) -> None:
-    assert_equals_reference(make_batch(seq_lens, [budget] * len(seq_lens), page_size=8, seed=seed))
+    shape = replace(SHAPE, page_size=8, pages_per_block=4)
+    assert_equals_reference(make_batch(shape, seq_lens, budget, seed=seed))
 
 
 @property_test
 @given(seq_len=st.integers(17, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**16))
 def test_no_key_of_a_page_exceeds_its_score(seq_len: int, dtype: torch.dtype, seed: int) -> None:
-    batch = make_batch([seq_len], [1], dtype=dtype, seed=seed)
-    scores = run(ops, batch).scores.double()
+    batch = make_batch(replace(SHAPE, dtype=dtype), [seq_len], 1, seed=seed)
+    scores = batch.run().scores.double()
     query = batch.query[0].double().view(2, 4, 64)
     for page in range(batch.num_pages(0)):
-        filled = min(batch.page_size, seq_len - page * batch.page_size)
-        keys = reference.page_rows(batch.kv_cache, batch.block_table[0], page, batch.page_size)
+        filled = min(16, seq_len - page * 16)
+        keys = reference.page_rows(batch.kv_cache, batch.rows.block_table[0], page, 16)
         products = query @ keys[:, :filled, :64].double().transpose(1, 2)
         assert (scores[0, :, page] >= products.amax(dim=(1, 2)) - score_error(batch)).all()
 
@@ -137,27 +115,17 @@ def test_no_key_of_a_page_exceeds_its_score(seq_len: int, dtype: torch.dtype, se
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_covering_budget_is_full_attention(dtype: torch.dtype) -> None:
     # 20,000 tokens are more than 32 splits of 512.
-    batch = make_batch(
-        [20_000, 513, 512], [ops.UNLIMITED_PAGES] * 3, dtype=dtype, num_kv_heads=1, block_tokens=128
-    )
-    out = run(ops, batch).out.double()
-    exact = reference.full_attention(
-        batch.query,
-        batch.kv_cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.page_size,
-        batch.scale,
-        batch.soft_cap,
-    )
+    shape = replace(SHAPE, num_kv_heads=1, pages_per_block=8, dtype=dtype)
+    batch = make_batch(shape, [20_000, 513, 512], ops.UNLIMITED_PAGES)
+    out = batch.run().out.double()
+    exact = batch.full_attention()
     assert ((out - exact).abs() <= decode_error(batch, exact)).all()
 
 
 def test_a_budget_one_page_short_leaves_out_the_lowest_score() -> None:
-    batch = make_batch([16 * 9], [8], num_kv_heads=1)
-    result = run(ops, batch)
-    left_out = set(range(9)) - set(result.pages[0, 0].tolist())
-    assert left_out == {int(result.scores[0, 0, :8].argmin())}
+    batch = make_batch(replace(SHAPE, num_kv_heads=1), [16 * 9], 8).run()
+    left_out = set(range(9)) - set(batch.pages[0, 0].tolist())
+    assert left_out == {int(batch.scores[0, 0, :8].argmin())}
 
 
 # Few distinct scores, so that ties abound; zeros of both signs are equal.
@@ -175,63 +143,76 @@ def test_selection_equals_the_reference_ties_included(data: st.DataObject) -> No
     for row, values in enumerate(rows):
         scores[row, 0, : len(values)] = torch.tensor(values)
     budget = data.draw(st.integers(1, max_pages))
-    seq_lens = torch.tensor([8 * len(values) - 3 for values in rows], dtype=torch.int32)
-    budgets = torch.full_like(seq_lens, budget)
-    found = torch.full((len(rows), 1, budget), UNTOUCHED_PAGE, dtype=torch.int32)
+    lengths = [8 * len(values) - 3 for values in rows]
+    kept = {
+        "keep_first_pages": data.draw(st.sampled_from([0, 1, 3, 2**40])),
+        "keep_newest_percent": data.draw(st.sampled_from([0, 13, 25, 50, 100])),
+    }
+    assert_selects_as_the_reference(scores, lengths, [budget] * len(rows), **kept)
+
+
+def assert_selects_as_the_reference(
+    scores: Tensor, seq_lens: list[int], budget_pages: list[int], **kept: int
+) -> None:
+    """In pages of 8 tokens."""
+    rows = rows_to_select(seq_lens, budget_pages)
+    found = torch.full((*scores.shape[:2], max(budget_pages)), UNTOUCHED, dtype=torch.int32)
     expected = found.clone()
-    ops.select(scores, seq_lens, budgets, 8, found)
-    reference.select(scores, seq_lens, budgets, 8, expected)
+    ops.select(scores, rows, found, page_size=8, **kept)
+    reference.select(scores, rows, expected, page_size=8, **kept)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"keep_first_pages": -1}, "keep_first_pages must be at least 0, got -1"),
+        ({"keep_newest_percent": 101}, "keep_newest_percent must be 0 to 100, got 101"),
+    ],
+)
+def test_select_says_what_cannot_be_kept(kept: dict[str, int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"vllm_quest::select: values: {message}"):
+        assert_selects_as_the_reference(torch.zeros(1, 1, 4), [32], [2], **kept)
 
 
 def test_zeros_of_both_signs_are_equal_scores() -> None:
     scores = torch.tensor([[[-0.0, 0.0, -0.0, 0.0, -1.0, 5.0]]])
     pages = torch.zeros(1, 1, 3, dtype=torch.int32)
-    lens, budgets = torch.tensor([[6 * 8], [3]], dtype=torch.int32)
-    ops.select(scores, lens, budgets, 8, pages)
+    ops.select(scores, rows_to_select([6 * 8], [3]), pages, page_size=8)
     assert pages.tolist() == [[[0, 1, 5]]]
 
 
 def test_selection_equals_the_reference_over_many_pages() -> None:
     scores = torch.randn(2, 2, 5000).mul(4).round(decimals=1)
-    seq_lens = torch.tensor([8 * 5000, 8 * 4097], dtype=torch.int32)
-    budgets = torch.tensor([128, 4096], dtype=torch.int32)
-    found = torch.full((2, 2, 4096), UNTOUCHED_PAGE, dtype=torch.int32)
-    expected = found.clone()
-    ops.select(scores, seq_lens, budgets, 8, found)
-    reference.select(scores, seq_lens, budgets, 8, expected)
-    assert torch.equal(found, expected)
+    assert_selects_as_the_reference(scores, [8 * 5000, 8 * 4097], [128, 4096])
 
 
 def test_only_rows_over_their_budget_are_scored_and_selected() -> None:
-    batch = make_batch([100, 64, 0, 17], [3, 4, 1, 1])
-    result = run(ops, batch)
+    batch = make_batch(SHAPE, [100, 64, 0, 17], [3, 4, 1, 1]).run()
     for row in range(4):
         written = batch.num_pages(row) if batch.over_budget(row) else 0
-        listed = int(batch.budgets[row]) if batch.over_budget(row) else 0
-        assert (result.scores[row, :, written:] == UNTOUCHED_SCORE).all()
-        assert (result.pages[row, :, listed:] == UNTOUCHED_PAGE).all()
-        assert (result.pages[row, :, :listed] != UNTOUCHED_PAGE).all()
+        listed = int(batch.rows.budget_pages[row]) if batch.over_budget(row) else 0
+        assert (batch.scores[row, :, written:] == UNTOUCHED).all()
+        assert (batch.pages[row, :, listed:] == UNTOUCHED).all()
+        assert (batch.pages[row, :, :listed] != UNTOUCHED).all()
 
 
 def test_padding_rows_give_zeros() -> None:
-    assert (run(ops, make_batch([0, 5, 0], [1, 1, 1])).out[::2] == 0).all()
+    assert (make_batch(SHAPE, [0, 5, 0], 1).run().out[::2] == 0).all()
 
 
 def test_what_lies_outside_a_row_does_not_matter() -> None:
-    batch = make_batch([100, 64, 17, 1], [3, 1, 2, 1])
-    poisoned = run(ops, batch)
+    poisoned = make_batch(SHAPE, [100, 64, 17, 1], [3, 1, 2, 1]).run()
     assert poisoned.out.isfinite().all()
-    clean = replace(batch, kv_cache=batch.kv_cache.nan_to_num(3.0))
-    assert torch.equal(run(ops, clean).out, poisoned.out)
+    clean = replace(poisoned.fresh(), kv_cache=poisoned.kv_cache.nan_to_num(3.0))
+    assert torch.equal(clean.run().out, poisoned.out)
 
 
 def test_is_bitwise_repeatable_and_independent_of_threads(two_threads: None) -> None:
-    batch = make_batch([3000, 700, 40], [40, ops.UNLIMITED_PAGES, 1])
-    first = run(ops, batch)
-    again = run(ops, batch)
+    first = make_batch(SHAPE, [3000, 700, 40], [40, ops.UNLIMITED_PAGES, 1]).run()
+    again = first.fresh().run()
     torch.set_num_threads(1)
-    alone = run(ops, batch)
+    alone = first.fresh().run()
     for other in (again, alone):
         assert torch.equal(other.scores, first.scores)
         assert torch.equal(other.pages, first.pages)
@@ -239,10 +220,9 @@ def test_is_bitwise_repeatable_and_independent_of_threads(two_threads: None) -> 
 
 
 def test_a_row_does_not_depend_on_its_batch(two_threads: None) -> None:
-    batch = make_batch([1500, 0, 700, 16], [40, 1, ops.UNLIMITED_PAGES, 1])
-    together = run(ops, batch)
+    together = make_batch(SHAPE, [1500, 0, 700, 16], [40, 1, ops.UNLIMITED_PAGES, 1]).run()
     for row in range(4):
-        alone = run(ops, batch.take_row(row))
+        alone = together.take_row(row).run()
         assert torch.equal(alone.scores[0], together.scores[row])
         assert torch.equal(alone.out[0], together.out[row])
 
@@ -273,20 +253,15 @@ def test_outputs_round_to_nearest_even(dtype: torch.dtype) -> None:
 
 def decode_tokens(cache: Tensor, num_tokens: int) -> Tensor:
     """Attend with a query of zeros to each block's first tokens: their values' mean."""
-    rows = len(cache)
-    out = torch.full((rows, 1, 64), 5.0, dtype=cache.dtype)
-    ops.sparse_decode(
-        torch.zeros_like(out),
-        cache,
-        torch.arange(rows, dtype=torch.int32).view(rows, 1),
-        torch.full((rows,), num_tokens, dtype=torch.int32),
-        torch.full((rows,), 1, dtype=torch.int32),
-        torch.zeros(rows, 1, 1, dtype=torch.int32),
-        8,
-        1.0,
-        0.0,
-        out,
+    num_rows = len(cache)
+    out = torch.full((num_rows, 1, 64), 5.0, dtype=cache.dtype)
+    rows = ops.Rows(
+        block_table=torch.arange(num_rows, dtype=torch.int32).view(num_rows, 1),
+        seq_lens=torch.full((num_rows,), num_tokens, dtype=torch.int32),
+        budget_pages=torch.full((num_rows,), 1, dtype=torch.int32),
     )
+    pages = torch.zeros(num_rows, 1, 1, dtype=torch.int32)
+    ops.sparse_decode(torch.zeros_like(out), cache, rows, pages, out, page_size=8, scale=1.0)
     return out[:, 0]
 
 
@@ -316,7 +291,7 @@ def test_bounds_are_those_of_the_pages_keys_after_any_writes(
         tokens = torch.arange(first, min(first + count, block_tokens))
         slots = torch.cat([block * block_tokens + tokens, torch.full((padding,), -1)])
         key, value = torch.randn(2, len(slots) + 1, 2, 32).to(dtype)  # one more than slots
-        ops.write_kv(key, value, cache, slots, page_size)
+        ops.write_kv(key, value, cache, slots, page_size=page_size)
 
         expected[block, :, tokens] = torch.cat(
             [key[: len(tokens)], value[: len(tokens)]], dim=-1
@@ -336,7 +311,7 @@ def test_bounds_are_those_of_the_pages_keys_after_any_writes(
     head_size=st.sampled_from([16, 48]),
     shift=st.sampled_from([0.0, 30.0]),
     dtype=st.sampled_from(DTYPES),
-    score=st.sampled_from(SCORES),
+    score=st.sampled_from(BOUNDS),
 )
 def test_bounds_of_every_score_are_the_references(
     slots: list[int], page_size: int, head_size: int, shift: float, dtype: torch.dtype, score: Score
@@ -345,7 +320,8 @@ def test_bounds_of_every_score_are_the_references(
     expected = cache.clone()
     key, value = (shift + torch.randn(2, len(slots), 2, head_size)).to(dtype)
     for module, written in ((ops, cache), (reference, expected)):
-        module.write_kv(key, value, written, torch.tensor(slots), page_size, score)
+        slot_mapping = torch.tensor(slots)
+        module.write_kv(key, value, written, slot_mapping, page_size=page_size, score=score)
     assert torch.equal(cache[:, :, :48], expected[:, :, :48])
     difference = (cache.double() - expected.double()).abs().max()
     assert difference <= (0.0 if score == "minmax" else bounds_error(expected, page_size))
@@ -357,8 +333,8 @@ def test_writing_equals_the_reference_across_blocks_and_threads(two_threads: Non
     key, value = packed[:, 2:4], packed[:, 4:]
     found = torch.zeros(5, 2, 34, 128, dtype=torch.bfloat16)
     expected = found.clone()
-    ops.write_kv(key, value, found, slots, 16)
-    reference.write_kv(key, value, expected, slots, 16)
+    ops.write_kv(key, value, found, slots, page_size=16)
+    reference.write_kv(key, value, expected, slots, page_size=16)
     assert torch.equal(found, expected)
 
 
@@ -419,11 +395,15 @@ DECODE_ERRORS = [
     (change(seq_lens=int32s(1, 1).long()), "dtype: seq_lens must be Int, got Long"),
     (change(seq_lens=int32s(1)), r"shape: seq_lens must be \[2\]"),
     (change(seq_lens=int32s(1, 33)), "values: seq_lens must be 0 to 32 tokens, got 33 in row 1"),
-    (change(budgets=int32s(1, 1).float()), "dtype: budgets must be Int, got Float"),
-    (change(budgets=int32s(0, 1)), "values: budgets must be at least 1 page, got 0 in row 0"),
+    (change(budget_pages=int32s(1, 1).float()), "dtype: budget_pages must be Int, got Float"),
     (
-        change(seq_lens=int32s(32, 1), budgets=int32s(3, 1)),
-        "values: budgets must be at most max_selected = 2 pages for longer rows, got 3 in row 0",
+        change(budget_pages=int32s(0, 1)),
+        "values: budget_pages must be at least 1 page, got 0 in row 0",
+    ),
+    (
+        change(seq_lens=int32s(32, 1), budget_pages=int32s(3, 1)),
+        "values: budget_pages must be at most max_selected = 2 pages for longer rows, "
+        "got 3 in row 0",
     ),
     (change(pages=torch.zeros(2, 1, 2).int()), r"shape: pages must be \[2, 2, -1\]"),
     (change(pages=torch.zeros(2, 2, 2).long()), "dtype: pages must be Int, got Long"),
@@ -434,30 +414,31 @@ DECODE_ERRORS = [
 
 @pytest.mark.parametrize(("changes", "message"), DECODE_ERRORS)
 def test_sparse_decode_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    rows = {
+        "block_table": torch.zeros(2, 4).int(),
+        "seq_lens": int32s(1, 1),
+        "budget_pages": int32s(1, 1),
+    }
     arguments = {
         "query": torch.zeros(2, 4, 32).bfloat16(),
         "kv_cache": torch.zeros(3, 2, 9, 64).bfloat16(),
-        "block_table": torch.zeros(2, 4).int(),
-        "seq_lens": int32s(1, 1),
-        "budgets": int32s(1, 1),
         "pages": torch.zeros(2, 2, 2).int(),
-        "page_size": 8,
-        "scale": 1.0,
-        "soft_cap": 0.0,
         "out": torch.zeros(2, 4, 32).bfloat16(),
     }
+    changed = {**rows, **arguments, **changes}
+    changed["rows"] = ops.Rows(**{name: changed.pop(name) for name in rows})
     with pytest.raises(RuntimeError, match=f"vllm_quest::sparse_decode: {message}"):
-        ops.sparse_decode(**{**arguments, **changes})
+        ops.sparse_decode(**changed, page_size=8, scale=1.0)
 
 
 def test_score_and_select_say_what_is_wrong() -> None:
     query, cache = torch.zeros(2, 4, 32), torch.zeros(3, 2, 9, 64)
-    rows = (torch.zeros(2, 4).int(), int32s(1, 1), int32s(1, 1))
+    rows = ops.Rows(torch.zeros(2, 4).int(), int32s(1, 1), int32s(1, 1))
     with pytest.raises(RuntimeError, match="score: shape: scores must have room for 4 pages"):
-        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 3))
+        ops.score(query, cache, rows, torch.zeros(2, 2, 3), page_size=8)
     with pytest.raises(RuntimeError, match="score: dtype: scores must be Float, got Half"):
-        ops.score(query, cache, *rows, 8, torch.zeros(2, 2, 4).half())
+        ops.score(query, cache, rows, torch.zeros(2, 2, 4).half(), page_size=8)
     with pytest.raises(RuntimeError, match=r"select: shape: pages must be \[2, 2, -1\]"):
-        ops.select(torch.zeros(2, 2, 4), rows[1], rows[2], 8, torch.zeros(2, 1, 2).int())
+        ops.select(torch.zeros(2, 2, 4), rows, torch.zeros(2, 1, 2).int(), page_size=8)
     with pytest.raises(RuntimeError, match=r"use_cpu_isa: values: isa .*, got none"):
         torch.ops.vllm_quest.use_cpu_isa("none")

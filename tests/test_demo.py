@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from vllm_quest.demo import kv_share
+from vllm_quest.config import UNLIMITED
+from vllm_quest.demo import Outcome, kv_share, table
 from vllm_quest.pass_keys import FACT_TOKENS, make_haystack
 
 COMMAND = (sys.executable, "-m", "vllm_quest")
@@ -27,11 +28,25 @@ def test_check_finds_everything_here():
 def test_the_demo_compares_budgets():
     answer = run("demo", "--context", "4096", "--questions", "4", "--budgets", "512", "32")
     assert answer.returncode == 0, answer.stderr[-3000:]
-    table = dict(re.findall(r"^(full attention|budget \d+) +(\d+) of 4", answer.stdout, re.M))
-    assert int(table["full attention"]) >= 3
-    assert int(table["budget 512"]) >= 3
-    assert int(table["budget 32"]) <= 2
+    row = r"^(full attention|budget \d+) +(\d) of 4 +([\d.]+) +([\d.]+)x +([\d.]+)%$"
+    rows = re.findall(row, answer.stdout, re.M)
+    right = {name: int(number) for name, number, *_ in rows}
+    assert right.keys() == {"full attention", "budget 512", "budget 32"}
+    assert right["full attention"] >= 3
+    assert right["budget 512"] >= 3
+    assert right["budget 32"] <= 2
+    assert all(float(ms_per_token) > 0 for _, _, ms_per_token, *_ in rows)
     assert "vllm serve MODEL --attention-backend QUEST" in answer.stdout
+
+
+def test_the_table_compares_the_fastest_answers():
+    full = Outcome(UNLIMITED, right=3, asked=3, ms_per_step=[14.2, 12.0, 13.0])
+    small = Outcome(1024, right=2, asked=3, ms_per_step=[7.5, 40.0, 8.0])
+    header, *rows = table([full, small], 16384).splitlines()
+    assert header.split("  ")[-1].strip() == "KV bytes read"
+    assert rows[0].split() == ["full", "attention", "3", "of", "3", "12.0", "1.0x", "100.0%"]
+    assert rows[1].split() == ["budget", "1024", "2", "of", "3", "7.5", "1.6x", "12.5%"]
+    assert len({len(line) for line in (header, *rows)}) == 1
 
 
 @pytest.mark.parametrize("command", [(), ("demo",), ("check",)])

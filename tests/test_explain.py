@@ -47,9 +47,10 @@ def test_the_mass_is_the_softmax_over_all_tokens(seq_len, soft_cap):
         cache[table[token // block_tokens], :, token % block_tokens, :head_size] = key
     query = torch.randn(num_heads, head_size)
 
-    mass = page_mass(query, cache, table, seq_len, PAGE, 0.3, soft_cap)
+    scaling = {"scale": 0.3, "soft_cap": soft_cap}
+    mass = page_mass(query, cache, table, seq_len, page_size=PAGE, **scaling)
 
-    weights = true_weights(query, keys, 0.3, soft_cap)
+    weights = true_weights(query, keys, **scaling)
     expected = torch.stack([part.sum(dim=-1) for part in weights.split(PAGE, dim=-1)], dim=-1)
     torch.testing.assert_close(mass.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mass.sum(dim=-1), torch.ones(num_heads))
@@ -62,19 +63,19 @@ def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch):
     seen = []
     sparse_decode = ops.sparse_decode
 
-    def watch(query, kv_cache, table, seq_lens, budgets, pages, page_size, scale, cap, out, *rest):
-        sparse_decode(
-            query, kv_cache, table, seq_lens, budgets, pages, page_size, scale, cap, out, *rest
-        )
-        if budgets[0] < ops.UNLIMITED_PAGES:
-            block_tokens = reference.tokens_per_block(kv_cache, page_size)
-            tokens = kv_cache[table[0].long(), :, :block_tokens].transpose(1, 2).flatten(0, 1)
-            tensors = (query[0], tokens[: seq_lens[0]], out[0])
-            seen.append((*(tensor.clone().cpu() for tensor in tensors), scale))
+    def watch(query, kv_cache, rows, pages, out, **settings):
+        sparse_decode(query, kv_cache, rows, pages, out, **settings)
+        if rows.budget_pages[0] < ops.UNLIMITED_PAGES:
+            block_tokens = reference.tokens_per_block(kv_cache, settings["page_size"])
+            blocks = kv_cache[rows.block_table[0].long(), :, :block_tokens]
+            tokens = blocks.transpose(1, 2).flatten(0, 1)[: rows.seq_lens[0]]
+            tensors = (query[0], tokens, out[0])
+            seen.append((*(tensor.clone().cpu() for tensor in tensors), settings["scale"]))
 
     monkeypatch.setattr(ops, "sparse_decode", watch)
     with engine(model, quest={"token_budget": budget, "dense_layers": 1}) as llm:
-        recorder = Recorder(num_prompt, [0, 1, 2])
+        numbers = {f"model.layers.{number}.self_attn.attn": number for number in range(3)}
+        recorder = Recorder(num_prompt, numbers)
         with recorder.recording():
             token_ids(llm, random_prompts([num_prompt]), greedy(num_tokens))
         for changes, message in (

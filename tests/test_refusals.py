@@ -1,11 +1,23 @@
 """What QUEST cannot serve is refused at start-up, in one line that says what to do."""
 
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from engines import ON_GPU, engine, write_model
+from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
+from vllm_quest.impl import QuestImpl
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -52,6 +64,31 @@ ENCODER_DECODER = {
     "decoder_attention_heads": 4,
     "max_target_positions": 448,
 }
+MAMBA = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "state_size": 16,
+    "conv_kernel": 4,
+    "time_step_rank": 16,
+}
+VALUES_OF_ANOTHER_SIZE = {
+    "architectures": ["MiMoV2FlashForCausalLM"],
+    "model_type": "mimo_v2_flash",
+    "head_dim": 128,
+    "v_head_dim": 64,
+}
+LARGE_GLOBAL_HEADS = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "head_dim": 256,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+}
+DUAL_CHUNK = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8},
+}
 CONNECTOR = {
     "kv_transfer_config": {
         "kv_connector": "ExampleConnector",
@@ -84,16 +121,24 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
         ["--kv-cache-dtype is float16", "bfloat16", "set --kv-cache-dtype auto"],
     ),
-    "chunked local attention": (
-        {"attention_chunk_size": 8192},
-        {},
-        ["chunked local attention", "--attention-backend"],
-    ),
     "dual chunk attention": (
-        {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8}},
+        DUAL_CHUNK,
         {},
-        ["dual chunk attention", "--hf-overrides", "--attention-backend"],
+        ["dual chunk attention", "config.json", "--attention-backend"],
     ),
+    "attention-free": (MAMBA, {}, ["no attention layers", "--attention-backend"]),
+    "values of another size": (
+        VALUES_OF_ANOTHER_SIZE,
+        {},
+        ["keys have 128 elements", "values 64", "--attention-backend"],
+    ),
+    "head size of global layers": (LARGE_GLOBAL_HEADS, {}, ["head size is 512"]),
+    "image prefix": (
+        {"is_mm_prefix_lm": True},
+        {},
+        ["not causal", "--language-model-only", "--attention-backend"],
+    ),
+    "reference sliding window": ({"rswa_window": 64}, {}, ["reference", "--attention-backend"]),
     "page size": (
         {},
         {"quest": {"page_size": 48}},
@@ -115,6 +160,17 @@ def refusal(path: str, **options: Any) -> str:
     return str(error.value)
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails a test that comes to reading weights."""
+
+    def read(*arguments):
+        raise AssertionError("weights were read before the refusal")
+
+    monkeypatch.setattr(DummyModelLoader, "load_weights", read)
+
+
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("what", REFUSALS)
 def test_it_is_refused_with_a_cure(tmp_path, what):
     shape, options, words = REFUSALS[what]
@@ -136,3 +192,43 @@ def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.35.1")
     message = refusal(write_model(tmp_path))
     assert "vLLM 0.35.1 is installed; install vllm>=0.32,<0.34" in message
+
+
+def test_dual_chunk_attention_is_served_without_its_configuration(tmp_path):
+    """The cure. Overriding it by null is none: vLLM indexes the null where it finds this file."""
+    model = write_model(tmp_path, **DUAL_CHUNK)
+    (tmp_path / "sparse_attention_config.json").write_text('{"sparse": {}}')
+    assert "NoneType" in refusal(model, hf_overrides={"dual_chunk_attention_config": None})
+    file = Path(model) / "config.json"
+    config = json.loads(file.read_text())
+    del config["dual_chunk_attention_config"]
+    file.write_text(json.dumps(config))
+    prompts, covering = random_prompts([40]), {"token_budget": -1}
+    dense = generate(model, prompts, greedy(4), backend=DENSE)
+    assert generate(model, prompts, greedy(4), quest=covering) == dense
+
+
+def test_what_a_layer_needs_of_its_backend_is_named():
+    """`sinks=None`, as Granite says it, needs nothing (tests/test_families.py serves it)."""
+    with pytest.raises(ValueError, match="its attention layers need chunk_lookback;"):
+        QuestImpl(2, 64, 0.125, sinks=None, chunk_lookback=1)
+
+
+def choose_for_draft(attention_backend: AttentionBackendEnum | None) -> str:
+    """The backend of a draft model's layer with a head size that QUEST has not."""
+    vllm_config = VllmConfig()
+    vllm_config.speculative_config = SimpleNamespace(attention_backend=attention_backend)
+    layer = AttentionSelectorConfig(32, torch.bfloat16, "auto", None)
+    with set_current_vllm_config(vllm_config), set_model_tag("eagle_head"):
+        return current_platform.get_attn_backend_cls(AttentionBackendEnum["QUEST"], layer)
+
+
+def test_a_draft_model_gets_another_backend(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert "quest" not in choose_for_draft(None).lower()
+    assert "draft model" in caplog.text and "head size is 32" in caplog.text
+
+
+def test_a_draft_model_is_refused_where_quest_was_named_for_it():
+    with pytest.raises(ValueError, match="head size is 32"):
+        choose_for_draft(AttentionBackendEnum["QUEST"])

@@ -11,9 +11,10 @@ CONTEXT_TOKENS = 16384
 NUM_QUESTIONS = 16
 
 
-def recent_pages(scores, seq_lens, budgets, page_size, pages):
+def recent_pages(scores, rows, pages, *, page_size):
     """Stand-in for `ops.select`: as many pages, but the newest, whatever they score."""
-    for row, (seq_len, budget) in enumerate(zip(seq_lens.tolist(), budgets.tolist(), strict=True)):
+    limits = zip(rows.seq_lens.tolist(), rows.budget_pages.tolist(), strict=True)
+    for row, (seq_len, budget) in enumerate(limits):
         num_pages = -(-seq_len // page_size)
         if num_pages > budget:
             pages[row, :, :budget] = torch.arange(num_pages - budget, num_pages)
@@ -52,9 +53,9 @@ def test_retrieval_at_an_eighth_of_the_context(demo_model, questions, monkeypatc
 def test_other_scores_are_stored_and_retrieve_as_well(demo_model, questions, monkeypatch, score):
     caches, write_kv = [], ops.write_kv
 
-    def spy(key, value, kv_cache, slot_mapping, *settings):
+    def spy(key, value, kv_cache, slot_mapping, **settings):
         caches.append((kv_cache, int(slot_mapping[0])))
-        write_kv(key, value, kv_cache, slot_mapping, *settings)
+        write_kv(key, value, kv_cache, slot_mapping, **settings)
 
     monkeypatch.setattr(ops, "write_kv", spy)
     quest = {"token_budget": CONTEXT_TOKENS // 8, "dense_layers": 0, "score": score}

@@ -10,9 +10,13 @@ from benchmarks.tables import DOCUMENTS, FULL, MARKED, RENDERERS, ROOT, markdown
 TABLE = re.compile(r"(?:^|\n)([^|\n][^\n]*|)\n((?:\|[^\n]*\n)+)")
 """A table, with the line above it."""
 
-CHECKED = "<!-- checked by tests/test_readme.py -->"
-CHECKED_HEADS = {"| setting | default | meaning |", "| counter | counts |"}
-"""Heads of the tables that hold no measurement; test_readme.py compares them with the code."""
+CHECKED_BY = {
+    "| setting | default | meaning |": "test_readme.py",
+    "| counter | counts |": "test_readme.py",
+    "| family |": "test_families.py",
+    "| what | for example | cure |": "test_refusals.py",
+}
+"""Tables that hold no measurement, by how their heads begin, and the test that holds them."""
 
 document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
@@ -27,8 +31,9 @@ def test_tables_are_what_their_json_says(document):
 @document
 def test_every_table_has_a_json(document):
     for above, table in TABLE.findall(document.read_text()):
-        if table.partition("\n")[0] in CHECKED_HEADS:
-            assert above == CHECKED
+        test = next((test for head, test in CHECKED_BY.items() if table.startswith(head)), None)
+        if test is not None:
+            assert above == f"<!-- checked by tests/{test} -->"
         else:
             assert above.startswith("<!-- table: "), f"no JSON for the table\n{table}"
 

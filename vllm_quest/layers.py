@@ -3,15 +3,23 @@
 from typing import Any
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
-FULL_ATTENTION = "full_attention"
-"""How `layer_types` of a model's configuration calls such layers."""
+FULL_ATTENTION = ("full_attention", "attention", "hybrid")
+"""How a model's configuration calls such layers: most families, then those of Mamba (Nemotron-H,
+Granite 4), then Zamba2."""
+
+LAYER_KINDS = ("layer_types", "layers_block_type")
+"""Where a model's configuration lists the kinds of its layers."""
 
 
 def is_full_attention(layer: Any) -> bool:
     """Whether a layer attends to its whole context, so that QUEST may choose among its pages."""
-    return isinstance(layer, Attention) and layer.sliding_window is None
+    return (
+        isinstance(layer, Attention)
+        and layer.sliding_window is None
+        and not isinstance(layer, ChunkedLocalAttention)
+    )
 
 
 def layer_numbers(vllm_config: VllmConfig) -> dict[str, int]:
@@ -40,5 +48,7 @@ def _on_earlier_ranks(vllm_config: VllmConfig) -> int:
     if parallel.pipeline_parallel_size == 1:
         return 0
     start, _ = model.get_layers_start_end_indices(parallel)
-    types = getattr(model.hf_text_config, "layer_types", None)
-    return int(start) if types is None else list(types[:start]).count(FULL_ATTENTION)
+    for listing in LAYER_KINDS:
+        if kinds := getattr(model.hf_text_config, listing, None):
+            return sum(kind in FULL_ATTENTION for kind in kinds[:start])
+    return int(start)

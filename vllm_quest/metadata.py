@@ -51,7 +51,7 @@ class QuestMetadata(AttentionMetadata):
     prefill: PrefillPlan | None = None
 
     windowed: AttentionMetadata | None = None
-    """The platform backend's own metadata, for layers with a sliding window."""
+    """The platform backend's own metadata, for layers that see part of their context."""
 
 
 class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):

@@ -80,8 +80,9 @@ def _platform_wraps() -> Callable[[], None]:
 
     * `check_and_update_config` refuses what QUEST cannot serve and prepares the rest, in the user's
       own process, before any other is started.
-    * `CpuPlatform.get_attn_backend_cls` knows one backend and answers CPU_ATTN whatever was asked
-      (`vllm/platforms/cpu.py`); CUDA's honours the name.
+    * `get_attn_backend_cls` lets draft models that QUEST cannot serve have another backend; and
+      on CPUs it honours the name, where vLLM's own answers CPU_ATTN whatever was asked
+      (`vllm/platforms/cpu.py`).
     """
     from vllm.platforms import current_platform
 
@@ -99,17 +100,18 @@ def _platform_wraps() -> Callable[[], None]:
     def get_attn_backend_cls(
         selected_backend: Any, attn_selector_config: Any, *more: Any, **named: Any
     ) -> Any:
-        if selected_backend is None or selected_backend.name != NAME:
-            return get_backend(selected_backend, attn_selector_config, *more, **named)
-        from vllm_quest.support import refuse_layer
+        if selected_backend is not None and selected_backend.name == NAME:
+            from vllm_quest.support import serves_layer
 
-        refuse_layer(attn_selector_config)
-        return BACKEND_PATH
+            if not serves_layer(attn_selector_config):
+                selected_backend = None
+            elif current_platform.is_cpu():
+                return BACKEND_PATH
+        return get_backend(selected_backend, attn_selector_config, *more, **named)
 
     def wrap() -> None:
         platform.check_and_update_config = staticmethod(check_and_update_config)
-        if current_platform.is_cpu():
-            platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
+        platform.get_attn_backend_cls = staticmethod(get_attn_backend_cls)
 
     return wrap
 

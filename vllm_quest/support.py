@@ -25,6 +25,8 @@ DTYPES = {
 }
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 OTHER_BACKEND = "choose another --attention-backend"
+DRAFT_TAGS = ("eagle_head", "dflash_head", "dspark_head", "draft_model", "medusa_head")
+"""What vLLM tags the building of draft models with (`set_model_tag` in `vllm/v1`)."""
 
 
 def fits_vllm(version: str) -> bool:
@@ -44,14 +46,39 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         raise ValueError(f"QUEST cannot serve this configuration: {reason}")
 
 
-def refuse_layer(selector: "AttentionSelectorConfig") -> None:
-    """Stop start-up if a layer asks for what QUEST cannot do.
+def serves_layer(selector: "AttentionSelectorConfig") -> bool:
+    """Whether QUEST runs a layer for which it was chosen; if not, vLLM chooses another backend.
+
+    It runs all layers of the model, or start-up stops. A draft model got QUEST with the model that
+    it drafts for, unless its user named QUEST for the draft; it may do without.
 
     Raises:
         ValueError: naming what is unsupported and the cure.
     """
     for reason in layer_reasons(selector):
-        raise ValueError(f"QUEST cannot serve this model: {reason}")
+        if not _is_draft_without_a_choice():
+            raise ValueError(f"QUEST cannot serve this model: {reason}")
+        from vllm.logger import init_logger
+
+        # A name below vLLM's, so that its handlers and levels apply.
+        init_logger("vllm.quest").warning_once(
+            "QUEST leaves the draft model to another backend: %s",
+            reason.removesuffix(f"; {OTHER_BACKEND}"),
+        )
+        return False
+    return True
+
+
+def _is_draft_without_a_choice() -> bool:
+    """Whether vLLM is building a draft model whose backend nobody named."""
+    from vllm.compilation import backends
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    speculation = None if vllm_config is None else vllm_config.speculative_config
+    if speculation is None or speculation.attention_backend is not None:
+        return False
+    return backends.model_tag in DRAFT_TAGS
 
 
 def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
@@ -87,8 +114,11 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             yield f"the model is an encoder-decoder; {OTHER_BACKEND}"
         elif model.runner_type == "pooling":
             yield f"pooling models do not decode; {OTHER_BACKEND}"
+        elif model.is_attention_free:
+            yield f"the model has no attention layers; {OTHER_BACKEND}"
         else:
             yield from _kind_reasons(model)
+            yield from _head_size_reasons(model)
             yield from _shape_reasons(model.get_head_size(), model.dtype, device)
             yield from _group_reasons(model, vllm_config.parallel_config, device)
 
@@ -155,14 +185,26 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
 def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
     """Kinds of attention that a model's configuration tells of."""
     config = model.hf_text_config
-    if getattr(config, "attention_chunk_size", None) is not None:
-        yield f"the model attends in chunks (chunked local attention); {OTHER_BACKEND}"
     if getattr(config, "dual_chunk_attention_config", None) is not None:
         yield (
             "the model uses dual chunk attention; remove dual_chunk_attention_config from its "
-            f"config.json (--hf-overrides '{{\"dual_chunk_attention_config\": null}}'), or "
-            f"{OTHER_BACKEND}"
+            f"config.json, or {OTHER_BACKEND}"
         )
+    if model.is_mm_prefix_lm:
+        yield (
+            "the model's image tokens attend to later ones (not causal); serve text alone with "
+            f"--language-model-only, or {OTHER_BACKEND}"
+        )
+    if model.rswa_window is not None:
+        yield f"the model uses reference sliding-window attention; {OTHER_BACKEND}"
+
+
+def _head_size_reasons(model: "ModelConfig") -> Iterator[str]:
+    """Layers whose keys or values are of other sizes than the rest."""
+    config, head_size = model.hf_text_config, model.get_head_size()
+    value_size = getattr(config, "v_head_dim", None) or head_size
+    if value_size != head_size:
+        yield (f"its keys have {head_size} elements, and its values {value_size}; {OTHER_BACKEND}")
 
 
 def _group_reasons(model: "ModelConfig", parallel: "ParallelConfig", device: str) -> Iterator[str]:

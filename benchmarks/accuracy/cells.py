@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,49 @@ class Result:
     token_shares: list[float] = field(default_factory=list)
     """Of each sample, the share of tokens that are right; empty: the task has no such tokens."""
 
+    most_probable: list[list[int]] = field(default_factory=list)
+    """Of each sample, the token that the model held for the most probable in each scored token's
+    place; empty: the task scores none."""
+
+    answers: list[str] = field(default_factory=list)
+    """Of each sample, the free answer's text."""
+
+    targets: list[str] = field(default_factory=list)
+    """Of each sample, what a right answer holds."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One sample's answer in a cell."""
+
+    grade: float
+    depth: float | None
+    token_share: float | None
+    most_probable: list[int]
+    answer: str
+    target: str
+
+
+def result(cell: Cell, graded: Iterable[Graded], machine: str) -> Result:
+    """A cell whose samples are all answered, in order."""
+    graded = list(graded)
+    return Result(
+        cell,
+        [own.grade for own in graded],
+        [own.depth for own in graded],
+        machine,
+        token_shares=[own.token_share for own in graded if own.token_share is not None],
+        most_probable=[own.most_probable for own in graded if own.most_probable],
+        answers=[own.answer for own in graded],
+        targets=[own.target for own in graded],
+    )
+
 
 class Store:
     """Finished cells, one JSON line each; another run with the same settings goes on from here.
 
-    Several processes may add to one file at a time.
+    A second file has the answers of cells under way: a run that is killed loses none. Several
+    processes may add to the files at a time.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -61,22 +99,27 @@ class Store:
             :16
         ]
         self._results: dict[Cell, Result] = {}
+        self._under_way_path = path.with_name("under_way.jsonl")
+        self._under_way: dict[Cell, dict[int, Graded]] = {}
         self.reload()
+        for cell, row in self._rows(self._under_way_path):
+            sample = row.pop("sample")
+            self._under_way.setdefault(cell, {})[sample] = Graded(**row)
 
     def reload(self) -> None:
         """Take in what others have added to the file."""
-        if self._path.exists():
-            for line in self._path.read_text().splitlines():
-                self._load(line)
-
-    def _load(self, line: str) -> None:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line that a run was stopped in
-            return
-        if row.pop("settings") == self._digest:
-            cell = Cell(**{own.name: row.pop(own.name) for own in fields(Cell)})
+        for cell, row in self._rows(self._path):
             self._results[cell] = Result(cell, **row)
+
+    def _rows(self, path: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """The rows of these settings, each without its cell."""
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # the line that a run was stopped in
+                continue
+            if row.pop("settings") == self._digest:
+                yield Cell(**{own.name: row.pop(own.name) for own in fields(Cell)}), row
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._results
@@ -85,9 +128,20 @@ class Store:
         """Keep a finished cell, in the file too."""
         self._results[result.cell] = result
         row = asdict(result)
-        row = row.pop("cell") | row | {"settings": self._digest}
-        with self._path.open("ab", buffering=0) as file:  # one write: lines never mix
-            file.write(f"{json.dumps(row)}\n".encode())
+        self._append(self._path, row.pop("cell") | row)
+
+    def under_way(self, cell: Cell) -> dict[int, Graded]:
+        """Answers of a cell by sample, of a run that was stopped before the cell was finished."""
+        return dict(self._under_way.get(cell, {}))
+
+    def add_answer(self, cell: Cell, sample: int, graded: Graded) -> None:
+        """Keep an answer of a cell under way, in the file alone."""
+        self._append(self._under_way_path, asdict(cell) | {"sample": sample} | asdict(graded))
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
+        line = json.dumps(row | {"settings": self._digest})
+        with path.open("ab", buffering=0) as file:  # one write: lines never mix
+            file.write(f"{line}\n".encode())
             os.fsync(file.fileno())
 
     def results(self, cells: Iterable[Cell]) -> list[Result]:

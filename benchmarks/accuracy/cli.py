@@ -1,11 +1,14 @@
 """The command `python -m benchmarks.accuracy`."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +94,45 @@ def main(arguments: list[str] | None = None) -> None:
     this_machine = ", ".join(f"{key}: {value}" for key, value in machine().items())
     measurement = Measurement(plan, store, tokens, this_machine)
     measurement.make_samples()
-    try:
-        if options.processes > 1 and not options.report_only:
-            side_by_side.measure(measurement, options.processes)
-        elif not options.report_only:
-            measurement.run()
-    finally:
-        command = [argument for argument in arguments if argument != "--report-only"]
-        measurement.name_unfinished()
-        results = store.results(plan.all_cells())
-        _draw(options.out, results, plan.scores, measurement.skipped)
+    command = [argument for argument in arguments if argument != "--report-only"]
+
+    def write_report() -> None:
         report.write(
             options.out,
-            results=results,
+            results=store.results(plan.all_cells()),
             scores=plan.scores,
-            skipped=measurement.skipped.reasons,
+            skipped=measurement.skipped.reasons | measurement.reasons_unfinished(),
             command=shlex.join(["python", "-m", "benchmarks.accuracy", *command]),
             settings=plan.sample_settings(),
         )
+
+    try:
+        with _exit_on_sigterm():
+            if options.processes > 1 and not options.report_only:
+                side_by_side.measure(measurement, options.processes, finished_cells=write_report)
+            elif not options.report_only:
+                measurement.run(finished_cells=write_report)
+    finally:
+        for what, reason in measurement.reasons_unfinished().items():
+            measurement.skipped.add(what, reason)
+        results = store.results(plan.all_cells())
+        _draw(options.out, results, plan.scores, measurement.skipped)
+        write_report()
     print((options.out / "report.md").read_text())
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which `timeout` and schedulers send, end the run with its report."""
+
+    def end(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _draw(folder: Path, results: Any, scores: Any, skipped: Any) -> None:

@@ -38,6 +38,20 @@ class Answer:
     question_hits: tuple[bool, ...] = ()
     """Whether each question token was the one that the model held for the most probable."""
 
+    question_most_probable: tuple[int, ...] = ()
+    """The token that the model held for the most probable in each question token's place."""
+
+
+def num_tokens(prompts: Sequence[Prompt]) -> int:
+    """What prompts take: each material once, each question and answer token."""
+    read = {prompt.material for prompt in prompts}
+    fed = sum(len(prompt.question) + prompt.max_answer_tokens for prompt in prompts)
+    return fed + sum(map(len, read))
+
+
+def ignore(*_: object) -> None:
+    """What is called about answers by default."""
+
 
 class Engine(Protocol):
     """A model, loaded once, that answers under several methods; a context manager."""
@@ -56,7 +70,8 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         method: str,
         token_budgets: Sequence[int],
-        progress: Callable[[int], object],
+        progress: Callable[[int], object] = ignore,
+        answered: Callable[[int, Answer], object] = ignore,
     ) -> list[Answer]:
         """Answer prompts, in order.
 
@@ -64,7 +79,8 @@ class Engine(Protocol):
             prompts: what to ask.
             method: how the engine is to choose what it attends to.
             token_budgets: for each prompt, tokens attended per KV head and decode step; -1: all.
-            progress: called with the number of prompts answered since the last call.
+            progress: called with tokens computed since the last call; `num_tokens` together.
+            answered: called with a prompt's number and its answer, as soon as it is there.
 
         Raises:
             NotImplementedError: the method cannot do this; one line says why.

@@ -12,7 +12,7 @@ from benchmarks.accuracy.tokens import Language, Tokens
 SCORED_METHODS = ("quest", "quest-hf")
 """Methods that a page score belongs to."""
 
-FULL_METHODS = ("full", "full-hf")
+FULL_METHODS = ("full", "floor", "full-hf")
 """Methods that know no budget."""
 
 SPEED_ARGS = (

@@ -16,7 +16,9 @@ from benchmarks.accuracy.tasks import ALL
 
 COLORS = {
     "full": "#777777",
+    "floor": "#bbbbbb",
     "oracle": "#2a9d55",
+    "oracle-mass": "#7fc97f",
     "quest": "#1f5fbf",
     "streaming": "#d1495b",
     "h2o": "#e08e1b",

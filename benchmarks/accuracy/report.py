@@ -1,9 +1,11 @@
 """The report of a plan: `report.md`, `results.json` and plots, from the finished cells."""
 
 import json
+import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.cells import FULL, Result
@@ -15,6 +17,11 @@ TOKENS_RIGHT: dict[Unit, str] = {
     "share right": "Of the answers' tokens, those that are right in their places:",
     "perplexity": "Of the scored tokens, those that the model held for the most probable:",
 }
+
+AGREEMENT = (
+    "Agreement: of the scored tokens, those in whose place the most probable token is full "
+    "attention's (`floor`: full attention in batches of another size):"
+)
 
 
 @dataclass(frozen=True)
@@ -33,27 +40,57 @@ class Row:
     tokens_right: Estimate | None
     """The share of answer tokens, or of scored ones; None: the task has no right tokens."""
 
+    agreement: Estimate | None = None
+    """The share of scored tokens in whose place the model held the token for the most probable that
+    it does under full attention; None: no tokens are scored, or full attention was not measured."""
+
+
+@dataclass
+class _Merged:
+    """Samples of all seeds."""
+
+    grades: list[float] = field(default_factory=list)
+    token_shares: list[float] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+
 
 def rows(results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
     """Merge the seeds of every method and budget."""
-    merged: dict[tuple[str, int, int, str, int], tuple[list[float], list[float]]] = {}
+    merged: dict[tuple[str, int, int, str, int], _Merged] = {}
+    full = {_place(r): r.most_probable for r in results if r.cell.method == "full"}
     for result in results:
         cell = result.cell
         name = method_name(cell.method, cell.score, scores)
         key = (cell.task, cell.context_tokens, cell.dense_layers, name, cell.token_budget)
-        grades, token_shares = merged.setdefault(key, ([], []))
-        grades += result.grades
-        token_shares += result.token_shares
+        own = merged.setdefault(key, _Merged())
+        own.grades += result.grades
+        own.token_shares += result.token_shares
+        if cell.method != "full":
+            own.agreements += _agreements(result.most_probable, full.get(_place(result), []))
     estimate = {"share right": share_right, "perplexity": perplexity}
     return [
         Row(
             *key,
-            num_samples=len(grades),
-            estimate=estimate[ALL[key[0]].unit](grades),
-            tokens_right=share_right(token_shares) if token_shares else None,
+            num_samples=len(own.grades),
+            estimate=estimate[ALL[key[0]].unit](own.grades),
+            tokens_right=share_right(own.token_shares) if own.token_shares else None,
+            agreement=share_right(own.agreements) if own.agreements else None,
         )
-        for key, (grades, token_shares) in merged.items()
+        for key, own in merged.items()
     ]
+
+
+def _place(result: Result) -> tuple[str, int, int, int]:
+    """Where a method's samples are full attention's."""
+    cell = result.cell
+    return cell.task, cell.context_tokens, cell.dense_layers, cell.seed
+
+
+def _agreements(own: list[list[int]], full: list[list[int]]) -> list[float]:
+    """By sample, the share of places with equal tokens; none where one of the two has none."""
+    if not own or not full:
+        return []
+    return [fmean(map(operator.eq, *pair)) for pair in zip(own, full, strict=True)]
 
 
 def method_name(method: str, score: str, scores: Sequence[str]) -> str:
@@ -123,6 +160,10 @@ def _section(chosen: list[Row], context: int, dense: int) -> list[str]:
     if shares:
         parts.append(TOKENS_RIGHT[unit])
         parts += _tables(shares, "share right")
+    agreements = {(row.method, row.token_budget): row.agreement for row in chosen if row.agreement}
+    if agreements:
+        parts.append(AGREEMENT)
+        parts += _tables(agreements, "share right")
     return parts
 
 

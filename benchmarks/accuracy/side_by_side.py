@@ -9,7 +9,7 @@ import io
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,16 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.accuracy.cells import Store
+from benchmarks.accuracy.interface import ignore
 from benchmarks.accuracy.measure import VLLM_METHODS, Measurement
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.tokens import Tokens
 
 SECONDS_PER_PROGRESS = 2.0
+
+_count: Callable[[int], object] = ignore
+"""In a process of its own: tells the parent of tokens computed."""
+
 VLLM_SHARE = 0.9
 """Of a GPU's memory, what the engines may take together; half of it holds keys and values."""
 
@@ -45,12 +50,15 @@ def parts(plan: Plan) -> list[Plan]:
     ]
 
 
-def measure(measurement: Measurement, num_processes: int) -> None:
+def measure(
+    measurement: Measurement, num_processes: int, *, finished_cells: Callable[[], object]
+) -> None:
     """Measure what is not in the store, and read it back.
 
     Args:
         measurement: of the whole plan; its samples are made.
         num_processes: how many run at once.
+        finished_cells: called when cells have been added to the store.
 
     Raises:
         Exception: the first one of a part, after all other parts have ended.
@@ -61,14 +69,19 @@ def measure(measurement: Measurement, num_processes: int) -> None:
         engine_args=_memory_share(num_processes) | measurement.plan.engine_args,
     )
     unfinished = set(measurement.unfinished())
-    total = measurement.num_answers(unfinished)
+    num_unfinished = len(unfinished)
+    spawn = multiprocessing.get_context("spawn")
+    computed = spawn.Value("q", 0)
     errors = []
     with (
         _share_of_cores(num_processes),
-        ProcessPoolExecutor(
-            num_processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent
-        ) as pool,
-        tqdm(total=total, unit="answer", desc=f"{num_processes} processes") as progress,
+        ProcessPoolExecutor(num_processes, spawn, initializer=_begin, initargs=(computed,)) as pool,
+        tqdm(
+            total=measurement.num_tokens(unfinished),
+            unit="token",
+            unit_scale=True,
+            desc=f"{num_processes} processes",
+        ) as progress,
     ):
         running = {
             pool.submit(_measure, part, store, measurement.machine)
@@ -78,9 +91,11 @@ def measure(measurement: Measurement, num_processes: int) -> None:
         try:
             while running:
                 done, running = wait(running, timeout=SECONDS_PER_PROGRESS)
+                progress.update(computed.value - progress.n)
                 store.reload()
-                left = measurement.num_answers(measurement.unfinished())
-                progress.update(total - left - progress.n)
+                if len(measurement.unfinished()) < num_unfinished:
+                    num_unfinished = len(measurement.unfinished())
+                    finished_cells()
                 for part in done:
                     if error := part.exception():
                         errors.append(error)
@@ -95,8 +110,19 @@ def measure(measurement: Measurement, num_processes: int) -> None:
         raise errors[0]
 
 
-def _end_with_parent() -> None:
-    """In a process of its own: end when the parent is killed."""
+def _begin(computed: Any) -> None:
+    """In a process of its own: count tokens where the parent reads them, and end with the parent.
+
+    Args:
+        computed: a shared number of 64 bits, with a lock.
+    """
+
+    def count(tokens: int) -> None:
+        with computed.get_lock():
+            computed.value += tokens
+
+    global _count
+    _count = count
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -112,7 +138,7 @@ def _measure(part: Plan, store: Store, machine: str) -> dict[str, str]:
     with contextlib.redirect_stdout(io.StringIO()):
         measurement = Measurement(part, store, Tokens(part.model), machine)
         measurement.make_samples()
-        measurement.run()
+        measurement.run(computed=_count)
     return measurement.skipped.reasons
 
 

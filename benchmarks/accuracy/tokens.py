@@ -23,8 +23,12 @@ class Tokens:
 
     @lru_cache(maxsize=256)  # noqa: B019  (one object per report)
     def ids(self, text: str) -> tuple[int, ...]:
-        """A prompt's token ids, with whatever the tokenizer puts first."""
-        return tuple(self._tokenizer(text).input_ids)
+        """A text's token ids, with whatever the tokenizer puts first.
+
+        A text may be longer than what the model takes, which tasks cut to their contexts: the
+        tokenizer is not to warn of it.
+        """
+        return tuple(self._tokenizer(text, verbose=False).input_ids)
 
     def count(self, text: str) -> int:
         return len(self.ids(text))

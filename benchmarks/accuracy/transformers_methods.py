@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from benchmarks.accuracy.interface import Answer, Prompt
+from benchmarks.accuracy.interface import Answer, Prompt, ignore
 from benchmarks.accuracy.layer_caches import (
     Cache,
     FullCache,
@@ -177,7 +177,8 @@ class TransformersEngine:
         prompts: Sequence[Prompt],
         method: str,
         token_budgets: Sequence[int],
-        progress: Callable[[int], object],
+        progress: Callable[[int], object] = ignore,
+        answered: Callable[[int, Answer], object] = ignore,
     ) -> list[Answer]:
         """Answer prompts, in order; see `interface.Engine`.
 
@@ -200,13 +201,15 @@ class TransformersEngine:
         materials: dict[tuple[int, ...], Material] = {}
         for tokens in by_material:
             materials[tokens] = self._read(tokens, method)
+            progress(len(tokens))
             is_last = len(answers) + sum(len(by_material[t]) for t in materials) == len(prompts)
             if is_last or sum(m.num_bytes for m in materials.values()) > MAX_MATERIAL_BYTES:
                 numbers = [number for read in materials for number in by_material[read]]
                 for batch in batches(prompts, token_budgets, numbers, method):
-                    found = self._answer(batch, materials, method)
-                    answers |= zip(batch.numbers, found, strict=True)
-                    progress(len(found))
+                    found = self._answer(batch, materials, method, progress)
+                    for number, answer in zip(batch.numbers, found, strict=True):
+                        answers[number] = answer
+                        answered(number, answer)
                 materials.clear()
         return [answers[number] for number in range(len(prompts))]
 
@@ -221,7 +224,11 @@ class TransformersEngine:
         return Material(reading.layers, logits)
 
     def _answer(
-        self, batch: Batch, materials: dict[tuple[int, ...], Material], method: str
+        self,
+        batch: Batch,
+        materials: dict[tuple[int, ...], Material],
+        method: str,
+        progress: Callable[[int], object],
     ) -> list[Answer]:
         num_rows, first = len(batch.prompts), batch.prompts[0]
         own = [materials[prompt.material] for prompt in batch.prompts]
@@ -242,6 +249,7 @@ class TransformersEngine:
         # Filled where they are: a step of the question does not wait for the device.
         logprobs = torch.empty(questions.shape, device=self._device)
         hits = torch.empty(questions.shape, dtype=torch.bool, device=self._device)
+        most_probable = torch.empty_like(questions)
         answers: list[list[int]] = [[] for _ in batch.prompts]
         has_ended = [False] * num_rows
         for step in range(num_steps):
@@ -250,6 +258,7 @@ class TransformersEngine:
                 own_logits = logits.gather(1, tokens[:, None])
                 logprobs[:, step] = own_logits[:, 0] - logits.logsumexp(-1)
                 hits[:, step] = (logits >= own_logits).sum(-1) == 1
+                most_probable[:, step] = logits.argmax(-1)
             else:
                 tokens = logits.argmax(-1)
                 for row, token in enumerate(tokens.tolist()):
@@ -257,9 +266,12 @@ class TransformersEngine:
                     if not has_ended[row]:
                         answers[row].append(token)
             if all(has_ended) or step == num_steps - 1:
+                progress(num_rows * (num_steps - step))
                 break
+            progress(num_rows)
             logits = self._forward(tokens[:, None], positions + step, decoding)
-        rows = zip(answers, logprobs.tolist(), hits.tolist(), strict=True)
+        columns = (logprobs.tolist(), hits.tolist(), most_probable.tolist())
+        rows = zip(answers, *columns, strict=True)
         return [Answer(*map(tuple, row)) for row in rows]
 
     def _cache(

@@ -8,27 +8,32 @@ reads what another one decoded sparsely; decode graphs are off, since methods ar
 import gc
 import hashlib
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.accuracy.forced_tokens import FIELD as FORCED_FIELD
 from benchmarks.accuracy.forced_tokens import ForcedTokens
-from benchmarks.accuracy.interface import Answer, Prompt
+from benchmarks.accuracy.interface import Answer, Prompt, ignore
 from benchmarks.accuracy.selections import CHOICES, choosing
 from vllm_quest.budgets import FIELD as BUDGET_FIELD
 from vllm_quest.config import UNLIMITED
 
 METHODS = tuple(CHOICES)
-SWAPPED_METHODS = ("streaming", "oracle")
+SWAPPED_METHODS = ("streaming", "oracle", "oracle-mass")
 """Methods that replace QUEST's choice of pages, which lives in the process of the model."""
 
 CPU_KV_CACHE_BYTES = 2 << 30
-PROMPTS_PER_PROGRESS = 2
-"""Progress is reported after so many times the prompts that run at once."""
+TOKENS_PER_PROGRESS = 16
+"""A request tells of its progress after so many tokens."""
+
+FLOOR_PROMPTS = 4
+"""Prompts that run at once, at most, in full attention's second computation."""
 
 
 class VllmEngine:
@@ -90,7 +95,8 @@ class VllmEngine:
         prompts: Sequence[Prompt],
         method: str,
         token_budgets: Sequence[int],
-        progress: Callable[[int], object] = lambda _: None,
+        progress: Callable[[int], object] = ignore,
+        answered: Callable[[int, Answer], object] = ignore,
     ) -> list[Answer]:
         """Answer prompts, in order; see `interface.Engine`."""
         if method in SWAPPED_METHODS and self._options.get("tensor_parallel_size", 1) > 1:
@@ -98,21 +104,48 @@ class VllmEngine:
                 f"{method} replaces code of the process that runs the model; "
                 "tensor parallelism has several"
             )
-        answers: list[Answer] = []
-        step = PROMPTS_PER_PROGRESS * self._options["max_num_seqs"]
-        requests = list(zip(prompts, token_budgets, strict=True))
+        engine = self._llm.llm_engine
+        waiting = deque(enumerate(zip(prompts, token_budgets, strict=True)))
+        # Twice what runs at once: others wait here, where they take no memory.
+        max_begun = 2 * self._options["max_num_seqs"]
+        if method == "floor":
+            max_begun = max(1, min(FLOOR_PROMPTS, len(prompts) // 2))
+        answers: dict[int, Answer] = {}
+        computed = _Computed(prompts)
         with choosing(method):
-            for first in range(0, len(requests), step):
-                part = requests[first : first + step]
-                results = self._llm.generate(
-                    [_tokens(prompt) for prompt, _ in part],
-                    [_sampling(prompt, budget) for prompt, budget in part],
-                    use_tqdm=False,
-                )
-                for (prompt, _), result in zip(part, results, strict=True):
-                    answers.append(_answer(prompt, result))
-                progress(len(part))
-        return answers
+            while waiting or engine.has_unfinished_requests():
+                while waiting and engine.get_num_unfinished_requests() < max_begun:
+                    number, (prompt, budget) = waiting.popleft()
+                    (tokens,) = engine.renderer.render_cmpl([_tokens(prompt)])
+                    engine.add_request(str(number), tokens, _sampling(prompt, budget))
+                for output in engine.step():
+                    number = int(output.request_id)
+                    progress(computed.since_last(number, output))
+                    if output.finished:
+                        answers[number] = _answer(prompts[number], output)
+                        answered(number, answers[number])
+        return [answers[number] for number in range(len(prompts))]
+
+
+class _Computed:
+    """Counts a run's tokens, as `interface.num_tokens` does."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+        self._by_request = [0] * len(prompts)
+        self._read: set[tuple[int, ...]] = set()
+
+    def since_last(self, number: int, output: RequestOutput) -> int:
+        """Tokens of a request since its last output; an answer that ends early counts in full."""
+        prompt = self._prompts[number]
+        total = len(prompt.question) + prompt.max_answer_tokens
+        now = total if output.finished else len(output.outputs[0].token_ids)
+        fresh = now - self._by_request[number]
+        self._by_request[number] = now
+        if prompt.material not in self._read:
+            self._read.add(prompt.material)
+            fresh += len(prompt.material)
+        return fresh
 
 
 def _tokens(prompt: Prompt) -> TokensPrompt:
@@ -129,8 +162,10 @@ def _sampling(prompt: Prompt, token_budget: int) -> SamplingParams:
         max_tokens=num_forced + prompt.max_answer_tokens,
         min_tokens=num_forced,
         ignore_eos=prompt.max_answer_tokens == 0,
-        logprobs=0,
+        logprobs=1,
         detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE,
+        stream_interval=TOKENS_PER_PROGRESS,
         extra_args={FORCED_FIELD: list(prompt.question), BUDGET_FIELD: token_budget},
     )
 
@@ -146,11 +181,13 @@ def _answer(prompt: Prompt, result: RequestOutput) -> Answer:
         )
     has_end = output.finish_reason == "stop"
     assert output.logprobs is not None
-    of_question = [
-        entry[token] for entry, token in zip(output.logprobs, prompt.question, strict=False)
-    ]
+    entries = output.logprobs[:num_forced]
+    of_question = [entry[token] for entry, token in zip(entries, prompt.question, strict=True)]
     return Answer(
         tokens=tokens[num_forced : len(tokens) - has_end],
         question_logprobs=tuple(found.logprob for found in of_question),
         question_hits=tuple(found.rank == 1 for found in of_question),
+        question_most_probable=tuple(
+            min(entry, key=lambda token: entry[token].rank) for entry in entries
+        ),
     )

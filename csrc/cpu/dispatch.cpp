@@ -10,7 +10,7 @@ namespace {
    isa::select, isa::sparse_decode}
 
 #ifdef __x86_64__
-// F16C is not asked for: every CPU with AVX2 has it, and clang before 15 does not know the word.
+// F16C is not checked: every CPU with AVX2 has it, and clang before 15 does not know its name.
 bool has_x86_64_v3() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");

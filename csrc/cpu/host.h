@@ -1,4 +1,4 @@
-// What the kernels may ask of the host: threads and scratch memory.
+// What the host gives the kernels: threads and scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ void parallel_for(int64_t count, const F& f) {
       &f);
 }
 
-// Which buffer: two that are alive at once on one thread must differ.
+// The buffers of a thread. Two that are in use at once must differ.
 enum class Scratch { kPlan, kPartials, kThread, kCount };
 
 // The calling thread's own buffer of at least `bytes`, aligned to 64; its content is undefined.

@@ -8,11 +8,11 @@ namespace QUEST_ISA {
 
 struct RowTask {
   int row;
-  int index;  // of the row's own tasks
+  int index;  // the task's number among those of its row
 };
 
-// Row r has tasks_of(r) tasks; tasks are numbered row by row. What they are depends on nothing but
-// the rows, so results are independent of the number of threads.
+// Row r has tasks_of(r) tasks, and tasks are numbered row by row. Tasks depend on the rows alone,
+// so results are independent of the number of threads.
 class RowTasks {
  public:
   template <class F>

@@ -1,4 +1,4 @@
-// What a decode row's length and budget say of it.
+// Properties of a decode row that follow from its length and budget.
 #pragma once
 
 namespace quest {

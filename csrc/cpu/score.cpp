@@ -42,7 +42,7 @@ SignedQuery split_by_sign(const ScoreParams& p, int row, int kv_head) {
 // Raise each page's score to the largest among kHeads query heads.
 template <int kPages, int kHeads, class T>
 void score_heads(const T* bounds,  // [kPages, 2 * head_size] minimum | maximum
-                 const T* next,    // the same of later pages, to be fetched meanwhile
+                 const T* next,    // [kPages, 2 * head_size] later bounds, prefetched
                  const float* positive, const float* negative, int head_size, float* scores) {
   Floats sums[kHeads][kPages] = {};
   for (int d = 0; d < head_size; d += kLanes) {
@@ -97,7 +97,7 @@ void score_pages(const ScoreParams& p, int row, int kv_head, int begin, int end)
     const int ahead = block + div_up(kPrefetchPages, cache.pages_per_block);
     const T* next = ahead < num_blocks ? head + block_table[ahead] * cache.block_stride : bounds;
 
-    // Bounds of a block are contiguous, but blocks are scattered: fetch a later one meanwhile.
+    // Bounds of a block are contiguous, but blocks are scattered: prefetch a later one.
     const auto step = [&]<int kPages>() {
       score_group<kPages>(bounds, next + page % cache.pages_per_block * row_size, query,
                           p.group_size, cache.head_size, scores + page);

@@ -43,13 +43,13 @@ int32_t find_threshold(const int32_t* keys, int num_keys, int wanted) {
   return static_cast<int32_t>(low);
 }
 
-void select_pages(const float* scores, int num_pages, int budget, const Kept& kept,
+void select_pages(const float* scores, int num_pages, int budget_pages, const Kept& kept,
                   int32_t* pages) {
   // Pages [first_competing, end_competing) compete; the others are kept.
-  const KeptPages of_row = kept_pages(kept, budget);
+  const KeptPages of_row = kept_pages(kept, budget_pages);
   const int first_competing = of_row.first, end_competing = num_pages - of_row.newest;
   const int num_competing = end_competing - first_competing;
-  const int wanted = budget - of_row.first - of_row.newest;
+  const int wanted = budget_pages - of_row.first - of_row.newest;
   int taken = 0;
   while (taken < first_competing) {
     pages[taken] = taken;
@@ -88,10 +88,10 @@ void select(const SelectParams& p) {
   parallel_for(static_cast<int64_t>(p.num_rows) * p.num_kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / p.num_kv_heads, kv_head = task % p.num_kv_heads;
-      const int seq_len = p.seq_lens[row], budget = p.budget_pages[row];
-      if (!over_budget(seq_len, budget, p.page_size)) continue;
+      const int seq_len = p.seq_lens[row], budget_pages = p.budget_pages[row];
+      if (!over_budget(seq_len, budget_pages, p.page_size)) continue;
       select_pages(p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride,
-                   div_up(seq_len, p.page_size), budget, p.kept,
+                   div_up(seq_len, p.page_size), budget_pages, p.kept,
                    p.pages + row * p.pages_row_stride + kv_head * p.pages_head_stride);
     }
   });

@@ -5,6 +5,7 @@
 // weighted values. Splits depend only on the row, and are merged in order: the result depends on
 // neither the number of threads nor the rest of the batch.
 #include "../counters.h"
+#include "../softmax_state.h"
 #include "kernels.h"
 #include "row_tasks.h"
 #include "rows.h"
@@ -18,18 +19,17 @@ constexpr int kChunkTokens = 32;
 constexpr int kSplitTokens = 512;
 constexpr int kMaxSplits = 32;
 constexpr int kTokenTile = kRegisters / 8;   // with kMaxHeadTile, half the registers accumulate
-constexpr int kVectorTile = kRegisters / 8;  // the same
+constexpr int kVectorTile = kRegisters / 8;  // as kTokenTile
 constexpr float kLowest = -0x1p126f;
 
 static_assert(kSplitTokens % kChunkTokens == 0, "a chunk lies in one split");
 static_assert(kChunkTokens % kLanes == 0, "logits are taken in whole vectors");
 static_assert(kTokenTile * kMaxHeadTile * 2 == kRegisters, "accumulators take half the registers");
 
-// Softmax-weighted sums of values that are not yet divided by their total weight.
+// Softmax-weighted sums of values that are not yet divided by their sum of weights.
 struct Partial {
-  float* values;    // [group_size, head_size]: Σ 2^(logit - max) · v
-  float* max_log2;  // [group_size]
-  float* total;     // [group_size]: Σ 2^(logit - max)
+  float* values;        // [group_size, head_size]: Σ 2^(logit - max_log2) · v
+  SoftmaxState* state;  // [group_size]
 };
 
 int64_t partial_floats(int group_size, int head_size) {
@@ -37,16 +37,16 @@ int64_t partial_floats(int group_size, int head_size) {
 }
 
 Partial partial_at(float* memory, int group_size, int head_size) {
-  float* max_log2 = memory + static_cast<int64_t>(group_size) * head_size;
-  return {memory, max_log2, max_log2 + group_size};
+  float* state = memory + static_cast<int64_t>(group_size) * head_size;
+  return {memory, reinterpret_cast<SoftmaxState*>(state)};
 }
 
 int attended_tokens(const SparseDecodeParams& p, int row) {
-  const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
+  const int seq_len = p.rows.seq_lens[row], budget_pages = p.rows.budget_pages[row];
   const int page_size = p.cache.page_size;
-  if (!over_budget(seq_len, budget, page_size)) return seq_len;
+  if (!over_budget(seq_len, budget_pages, page_size)) return seq_len;
   // The newest page comes last and may be partly filled.
-  return (budget - 1) * page_size + (seq_len - 1) % page_size + 1;
+  return (budget_pages - 1) * page_size + (seq_len - 1) % page_size + 1;
 }
 
 // A row in at most kMaxSplits splits of whole kSplitTokens.
@@ -93,8 +93,8 @@ class TokenRows {
 
 template <class T>
 struct Chunk {
-  const T* rows[kChunkTokens];  // key | value of each token
-  const T* next[kChunkTokens];  // what to fetch meanwhile: the next chunk's
+  const T* rows[kChunkTokens];  // [kChunkTokens] key | value of each token
+  const T* next[kChunkTokens];  // the next chunk's rows, prefetched
   int num_tokens;
 };
 
@@ -149,14 +149,14 @@ void add_values(const Chunk<T>& chunk, const float* weights, const float* rescal
 }
 
 // Turn one head's logits into weights 2^(logit - max); returns the factor for what came before.
-float soften(float* logits, int num_tokens, float soft_cap, float& max_log2, float& total) {
+float soften(float* logits, int num_tokens, float soft_cap, SoftmaxState& state) {
   if (soft_cap > 0) {
     for (int i = 0; i < num_tokens; i += kLanes) {
       store_unaligned(logits + i, tanh(load(logits + i) / soft_cap) * (soft_cap * kLog2e));
     }
   }
   for (int i = num_tokens; i < kChunkTokens; ++i) logits[i] = kLowest;
-  Floats largest = broadcast(max_log2);
+  Floats largest = broadcast(state.max_log2);
   for (int i = 0; i < kChunkTokens; i += kLanes) largest = max_of(largest, load(logits + i));
   float new_max = largest[0];
   for (int lane = 1; lane < kLanes; ++lane) new_max = max_of(new_max, largest[lane]);
@@ -167,9 +167,9 @@ float soften(float* logits, int num_tokens, float soft_cap, float& max_log2, flo
     store_unaligned(logits + i, weight);
     weights += weight;
   }
-  const float rescale = exp2_nonpositive(broadcast(max_log2 - new_max))[0];
-  total = total * rescale + sum(weights);
-  max_log2 = new_max;
+  const float rescale = exp2_nonpositive(broadcast(state.max_log2 - new_max))[0];
+  state.sum = state.sum * rescale + sum(weights);
+  state.max_log2 = new_max;
   return rescale;
 }
 
@@ -191,8 +191,8 @@ void attend_chunk(const Chunk<T>& chunk, const float* query, int head_size, floa
 
   // Update the online softmax.
   for (int head = 0; head < kHeads; ++head) {
-    rescale[head] = soften(logits + head * kChunkTokens, chunk.num_tokens, soft_cap,
-                           partial.max_log2[head], partial.total[head]);
+    rescale[head] =
+        soften(logits + head * kChunkTokens, chunk.num_tokens, soft_cap, partial.state[head]);
   }
 
   // Add the weighted values.
@@ -225,8 +225,7 @@ void attend_split(const SparseDecodeParams& p, int row, int kv_head, int begin, 
   // Start from nothing.
   memset(partial.values, 0, sizeof(float) * p.group_size * head_size);
   for (int head = 0; head < p.group_size; ++head) {
-    partial.max_log2[head] = kLowest;
-    partial.total[head] = 0;
+    partial.state[head] = {.max_log2 = kLowest, .sum = 0};
   }
 
   // Walk the chunks, each fetching the next.
@@ -239,29 +238,28 @@ void attend_split(const SparseDecodeParams& p, int row, int kv_head, int begin, 
     memcpy(chunk.rows, chunk.next, sizeof(chunk.rows));
     if (next < end) token_rows.find(next, min_of(next + kChunkTokens, end), chunk.next);
     for_head_tiles(p.group_size, [&]<int kHeads>(int head) {
-      const Partial tile = {partial.values + head * head_size, partial.max_log2 + head,
-                            partial.total + head};
+      const Partial tile = {partial.values + head * head_size, partial.state + head};
       attend_chunk<kHeads>(chunk, query + head * head_size, head_size, p.soft_cap, tile);
     });
   }
 }
 
-// Add up one head's splits in order, divide by the total weight and round once.
+// Add up one head's splits in order, divide by the sum of weights and round once.
 template <class T>
 void merge_head(const SparseDecodeParams& p, float* partials, int count, int head, T* out) {
   const int head_size = p.cache.head_size;
   const int64_t size = partial_floats(p.group_size, head_size);
-  float max_log2 = kLowest;
+  SoftmaxState merged = {.max_log2 = kLowest, .sum = 0};
   for (int split = 0; split < count; ++split) {
     const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
-    max_log2 = max_of(max_log2, partial.max_log2[head]);
+    merged.max_log2 = max_of(merged.max_log2, partial.state[head].max_log2);
   }
-  float total = 0;
   float* factors = static_cast<float*>(scratch(Scratch::kThread, sizeof(float) * kMaxSplits));
   for (int split = 0; split < count; ++split) {
     const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
-    factors[split] = exp2_nonpositive(broadcast(partial.max_log2[head] - max_log2))[0];
-    total += partial.total[head] * factors[split];
+    const SoftmaxState& state = partial.state[head];
+    factors[split] = exp2_nonpositive(broadcast(state.max_log2 - merged.max_log2))[0];
+    merged.sum += state.sum * factors[split];
   }
   for (int d = 0; d < head_size; d += kLanes) {
     Floats values = {};
@@ -269,21 +267,21 @@ void merge_head(const SparseDecodeParams& p, float* partials, int count, int hea
       const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
       values += load(partial.values + head * head_size + d) * factors[split];
     }
-    if (count > 0) values /= total;
+    if (count > 0) values /= merged.sum;
     for (int lane = 0; lane < kLanes; ++lane) store(out + d + lane, values[lane]);
   }
 }
 
 void count_rows(const SparseDecodeParams& p) {
   for (int row = 0; row < p.rows.num_rows; ++row) {
-    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
+    const int seq_len = p.rows.seq_lens[row], budget_pages = p.rows.budget_pages[row];
     if (seq_len == 0) continue;
-    const bool is_sparse = over_budget(seq_len, budget, p.cache.page_size);
+    const bool is_sparse = over_budget(seq_len, budget_pages, p.cache.page_size);
     const int64_t heads = p.cache.num_kv_heads;
     const int64_t pages = heads * div_up(seq_len, p.cache.page_size);
     p.counters[is_sparse ? kSparseRows : kDenseRows] += heads;
     p.counters[kPagesScored] += is_sparse ? pages : 0;
-    p.counters[kPagesRead] += is_sparse ? heads * budget : pages;
+    p.counters[kPagesRead] += is_sparse ? heads * budget_pages : pages;
     p.counters[kPagesFull] += pages;
   }
 }

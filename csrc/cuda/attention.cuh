@@ -8,19 +8,21 @@
 #pragma once
 
 #include "device.cuh"
+#include "softmax.cuh"
 #include "tiles.cuh"
 
 namespace quest::cuda {
 
-constexpr int kSlab = 64;  // of the head size, one lane's share of it in a row
+// Dimensions of the head that a warp's lanes hold at once, 8 in each lane of equal c.
+constexpr int kSlab = 64;
 
-// A query group, padded to kGroupTiles * 8 heads, laid out as the lanes need it: vector
-// vec_of(j, c) of query head 8 * g + r for lane 4 * r + c.
+// A query group, padded to kGroupTiles * 8 heads, in the order in which lanes read it: element
+// [g][j][4 * r + c] is vector vec_of(j, c) of query head 8 * g + r.
 template <int kHeadSize, int kGroupTiles>
 using GroupQuery = Vec[kGroupTiles][Tile<kHeadSize>::kVecs][kWarpSize];
 
-// All threads of a CTA fetch a query group, [group_size, head_size], with zeros in place of further
-// heads. What is fetched arrives in registers, so that other work can begin before it is stored.
+// All threads of a CTA load a query group, [group_size, head_size], with zeros for the heads that
+// pad it. It arrives in registers, so other work can begin before it is stored in shared memory.
 template <typename T, int kHeadSize, int kGroupTiles, int kThreads>
 class GroupQueryLoad {
  public:
@@ -53,18 +55,13 @@ class GroupQueryLoad {
   Vec vecs_[kPerThread];
 };
 
-// exp2(maximum - new_maximum): what weights become when their maximum changes.
-__device__ __forceinline__ float rescale(float maximum, float new_maximum) {
-  return maximum == -INFINITY ? 0.0f : exp2_fast(maximum - new_maximum);
-}
-
 template <typename T, int kHeadSize, int kGroupTiles>
 class WarpAttention {
  public:
   using Tile = quest::cuda::Tile<kHeadSize>;
   static constexpr int kVecs = Tile::kVecs, kSlabs = (kHeadSize + kSlab - 1) / kSlab;
 
-  // `pitch`: of the tiles that are attended to.
+  // `pitch`: bytes from group to group in the tiles.
   __device__ WarpAttention(const GroupQuery<kHeadSize, kGroupTiles>& query, int pitch, float scale,
                            float soft_cap)
       : query_(query),
@@ -75,13 +72,13 @@ class WarpAttention {
         r_(lane_ / 4),
         c_(lane_ % 4) {}
 
-  // Nothing attended to.
+  // Forget all tokens.
   __device__ void reset() {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        maximum_[tile][k] = -INFINITY;
+        max_log2_[tile][k] = -INFINITY;
         sum_[tile][k] = 0.0f;
       }
 #pragma unroll
@@ -104,18 +101,18 @@ class WarpAttention {
     add_values(tile, weights);
   }
 
-  // Sum of a query head's weights over the warp: of heads 2c, 2c + 1 of a tile, in all lanes.
-  __device__ float sum_of_weights(int tile, int k) const {
+  // The state of query head 2c + k of a group tile, over the warp's tokens; in all lanes.
+  __device__ SoftmaxState state(int tile, int k) const {
     float sum = sum_[tile][k];
 #pragma unroll
     for (int lanes = 4; lanes < kWarpSize; lanes *= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, lanes);
     }
-    return sum;
+    return {max_log2_[tile][k], sum};
   }
 
-  // Of query heads 2c, 2c + 1 of a tile: the largest logit (base 2), which weights are relative to.
-  __device__ float maximum(int tile, int k) const { return maximum_[tile][k]; }
+  // The largest logit of query head 2c + k of a group tile.
+  __device__ float max_log2(int tile, int k) const { return max_log2_[tile][k]; }
 
   // Writes a lane's 8 weighted values of query head 2c + k, dimensions slab * 64 + 8 * r onwards.
   __device__ void write_values(int tile, int slab, int k, float factor, float* values) const {
@@ -135,10 +132,10 @@ class WarpAttention {
     const unsigned char* row = tile_rows + Tile::offset(Tile::token_of_row(r_), pitch_);
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
-      float sum[2][4] = {};  // two sums shorten the chain of products
-#pragma unroll 2             // all would need too many registers at a head size of 256
+      float sum[2][4] = {};  // Two sums shorten the chain of products.
+#pragma unroll 2             // Unrolled in full, head size 256 needs too many registers.
       for (int first_j = 0; first_j < kVecs; first_j += 2) {
-        Vec first[2], second[2];  // of rows r and r + 8
+        Vec first[2], second[2];  // rows r and r + 8
         load_two<kVecs>(row, first_j, c_, r_ % 2, first);
         load_two<kVecs>(row + 2 * Tile::kRowBytes, first_j, c_, r_ % 2, second);
 #pragma unroll
@@ -168,8 +165,9 @@ class WarpAttention {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (soft_cap_ > 0.0f) {
+          // soft_cap * tanh(x * scale / soft_cap), by 1 - 2 / (1 + exp(2 ...)).
           const float y = exp2_fast(x[k] * __fdividef(scale_, soft_cap_) * (2.0f * kLog2E));
-          x[k] = soft_cap_ * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;  // of the tangent
+          x[k] = soft_cap_ * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;
         } else {
           x[k] *= scale_ * kLog2E;
         }
@@ -182,9 +180,9 @@ class WarpAttention {
         for (int lanes = 4; lanes < kWarpSize; lanes *= 2) {
           maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, lanes));
         }
-        maximum = fmaxf(maximum, maximum_[tile][k]);
-        const float factor = rescale(maximum_[tile][k], maximum);
-        maximum_[tile][k] = maximum;
+        maximum = fmaxf(maximum, max_log2_[tile][k]);
+        const float factor = rescale(max_log2_[tile][k], maximum);
+        max_log2_[tile][k] = maximum;
         x[k] = rescale(x[k], maximum);
         x[k + 2] = rescale(x[k + 2], maximum);
         sum_[tile][k] = sum_[tile][k] * factor + x[k] + x[k + 2];
@@ -209,7 +207,8 @@ class WarpAttention {
     const unsigned char* rows = tile_rows + c_ * pitch_ + Tile::kRowBytes / 2;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-      const int vec = slab * kSlab / Vec::kElements + r_;  // past the head's end: anything
+      const int vec =
+          slab * kSlab / Vec::kElements + r_;  // Past the head's end its values are unused.
       const bool in_head = kHeadSize % kSlab == 0 || vec * Vec::kElements < kHeadSize;
       Vec v[4];
 #pragma unroll
@@ -234,7 +233,9 @@ class WarpAttention {
   const float scale_, soft_cap_;
   const int lane_, r_, c_;
 
-  float maximum_[kGroupTiles][2], sum_[kGroupTiles][2];  // for query heads 2c, 2c + 1
+  // The softmax states of query heads 2c, 2c + 1: the warp's maxima, the lane's sums. As
+  // SoftmaxState, ptxas 13.0 assigns other registers.
+  float max_log2_[kGroupTiles][2], sum_[kGroupTiles][2];
   float out_[kGroupTiles][kSlabs][4][4];
 };
 

@@ -20,7 +20,7 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kBytesAtOnce = 16;  // that kernels load
+constexpr int64_t kBytesAtOnce = 16;  // Kernels load 16 bytes at once.
 
 void check_aligned(const char* op, const Arg& arg) {
   const int64_t element_bytes = arg.tensor.element_size();
@@ -171,8 +171,8 @@ void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budge
   });
 }
 
-// In int32, on the current device. Arrivals first: their place is the same for every shape that
-// shares the workspace.
+// The size in int32 on the current device. Arrivals come first, so their place is the same for
+// every shape that uses the workspace.
 int64_t decode_workspace_size(int64_t group_size, int64_t head_size) {
   const int64_t ctas = max_decode_ctas();
   return ctas + 2 * ctas * group_size * (head_size + 2);
@@ -192,11 +192,13 @@ DecodeWorkspace check_workspace(const char* op, const Tensor& kv_cache,
               join(workspace->sizes()), ": make it with vllm_quest.ops.decode_workspace");
   auto* const arrivals = static_cast<int32_t*>(workspace->data_ptr());
   auto* const partial_out = reinterpret_cast<float*>(arrivals + max_decode_ctas());
-  return {arrivals, partial_out,
-          partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size};
+  float* const end = partial_out + 2 * max_decode_ctas() * group_size * sizes.head_size;
+  return {.arrivals = arrivals,
+          .partial_out = partial_out,
+          .partial_state = reinterpret_cast<SoftmaxState*>(end)};
 }
 
-// The parameters of sparse_decode, but for the rows and the selected pages; checked.
+// Check the arguments, and fill in the parameters that all rows have in common.
 SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tensor& kv_cache,
                                  const Tensor& block_table, const Tensor& seq_lens,
                                  const Tensor& budget_pages, int64_t page_size, double scale,

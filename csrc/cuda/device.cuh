@@ -1,4 +1,4 @@
-// The instructions that the kernels share: dependent launches, loads, and matrix products.
+// The instructions that all kernels use: dependent launches, loads, copies and matrix products.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,24 +18,26 @@ struct alignas(16) Vec {
 };
 
 // Wait until the kernels before this one in the stream have finished, and their stores are visible.
-// Above this line a kernel reads only what no kernel of this library writes (lengths, budgets, page
-// tables, slots: long complete) and writes nothing in device memory. CTAs without work wait as
-// well: a kernel that finished before its predecessor would let the next one start too early.
+// Before this call a kernel writes nothing in device memory. It reads only lengths, budgets, block
+// tables and slots, which no kernel of this library writes. CTAs without work call it as well: a
+// kernel that finished before its predecessor would let the next one start too early.
+// cluster_decode reads more before this call: see DESIGN.md, "Decode begins beside the write".
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Let the next kernel of this library start its preamble, once every CTA has said so. Always after
-// wait_for_previous_kernel: so when a kernel starts, all but its direct predecessor have finished.
+// Let the next kernel of this library start, once every CTA has called this. A kernel calls it
+// after wait_for_previous_kernel, so when a kernel starts, all but its direct predecessor have
+// finished.
 __device__ __forceinline__ void release_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Load what this kernel reads once. Through L2 alone: L1 may hold what an earlier kernel saw.
+// Loads of data that this kernel reads once. They bypass L1, which may hold older data.
 __device__ __forceinline__ Vec load_once(const void* address) {
   Vec v;
   asm volatile("ld.global.cg.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -48,15 +50,6 @@ __device__ __forceinline__ Vec load_once(const void* address) {
 __device__ __forceinline__ float load_once(const float* address) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ float2 load_once(const float2* address) {
-  float2 v;
-  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];"
-               : "=f"(v.x), "=f"(v.y)
-               : "l"(address)
-               : "memory");
   return v;
 }
 
@@ -75,15 +68,15 @@ __device__ __forceinline__ int32_t load_once(const int32_t* address) {
   return v;
 }
 
-// Says when copies to shared memory have arrived: one warp's, a phase after the other.
+// An mbarrier that tells when copies to shared memory have arrived. Each use is a phase.
 struct Barrier {
-  uint64_t word;  // an mbarrier
+  uint64_t word;
 
   __device__ __forceinline__ uint32_t address() const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(&word));
   }
 
-  // By one thread; then all threads pass __syncthreads.
+  // Called by one thread. Other threads use the barrier after __syncthreads.
   __device__ __forceinline__ void init() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address()) : "memory");
@@ -94,19 +87,20 @@ struct Barrier {
   }
 
 #if __CUDA_ARCH__ >= 900
-  // By one thread, once a phase: it is over when as many bytes have been copied.
+  // Called by one thread, once a phase. The phase ends when so many bytes have arrived.
   __device__ __forceinline__ void expect(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes)
                  : "memory");
   }
 #else
-  // By all lanes, once a phase: it is over when all their copies are.
+  // Called by all lanes of a warp, once a phase. The phase ends when all their copies have arrived.
   __device__ __forceinline__ void arrive_when_copied() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address()) : "memory");
   }
 #endif
 
-  // Wait until a phase is over; its parity alternates, from 0.
+  // Wait until the phase of this parity has ended. The first phase has parity 0, the next 1, and so
+  // on in turn.
   __device__ __forceinline__ void wait(uint32_t parity) const {
     uint32_t is_over = 0;
     while (!is_over) {
@@ -126,7 +120,8 @@ struct Barrier {
 };
 
 #if __CUDA_ARCH__ >= 900
-// For what is read once: L2 drops it first. 3 to 6% faster than without.
+// The policy of copies of data that is read once: L2 evicts it first. Kernels are 3 to 6% faster
+// with it.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -147,8 +142,8 @@ __device__ __forceinline__ void copy_vec(uint32_t to_shared, uint64_t from) {
 }
 #endif
 
-// What this thread did with shared memory comes before bulk copies that are asked for later: by
-// itself, or by others behind a barrier.
+// Order this thread's earlier accesses to shared memory before later bulk copies to it. Copies that
+// other threads issue are ordered after a barrier.
 __device__ __forceinline__ void copies_follow_accesses() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

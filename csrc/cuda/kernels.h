@@ -7,7 +7,7 @@
 
 namespace quest::cuda {
 
-constexpr int kMaxRows = 2048;  // of a launch: what shared memory has room for
+constexpr int kMaxRows = 2048;  // rows of a launch; shared memory holds a number for each
 
 cudaError_t write_kv(const WriteKvParams&, cudaStream_t stream);
 // For the score `codes`, behind write_kv.

@@ -1,5 +1,4 @@
-// How the launchers start a kernel: the GPU's size, the grid, the instantiation for a model's
-// shape.
+// What launchers use: the GPU's size, the launch, and the instantiation for a model's shape.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,24 +37,24 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
-// Bytes of dynamic shared memory that a CTA can have where `ctas` of them share a multiprocessor;
-// allows the kernel as much. 0 if CUDA refuses. Takes some microseconds: ask once per kernel.
+// Bytes of dynamic shared memory that each of `ctas_per_multiprocessor` CTAs can have. Allows the
+// kernel to use as much. 0 if CUDA refuses. Takes some microseconds: call it once per kernel.
 template <typename... Params>
-int shared_memory_for(void (*kernel)(Params...), int ctas) {
+int shared_memory_for(void (*kernel)(Params...), int ctas_per_multiprocessor) {
   cudaFuncAttributes attributes = {};
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
   const int static_bytes = static_cast<int>(attributes.sharedSizeBytes);
   const int of_a_cta = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int of_all = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  const int bytes = std::min(of_a_cta, of_all / ctas - reserved) - static_bytes;
+  const int bytes = std::min(of_a_cta, of_all / ctas_per_multiprocessor - reserved) - static_bytes;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   return error == cudaSuccess ? bytes : 0;
 }
 
-// What a kernel is compiled for: the element type, the head size, and how many groups of 8 query
-// heads a KV head's query group is padded to.
+// What a kernel is compiled for: the element type, the head size, and the number of tiles of 8
+// query heads to which a query group is padded.
 template <typename T, int kHead, int kTiles>
 struct Shape {
   using Type = T;
@@ -83,7 +82,7 @@ cudaError_t for_head_size(int head_size, int group_size, F f) {
   }
 }
 
-// Calls f(Shape<...>()) with the shape that a model's attention has.
+// Calls f(Shape<...>()) for the shape of a model's attention.
 template <typename F>
 cudaError_t for_shape(const KvCache& cache, int group_size, F f) {
   return cache.dtype == DType::kBFloat16

@@ -1,4 +1,4 @@
-// What a decode row's length and budget say of it.
+// Properties of a decode row that follow from its length and budget.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace quest::cuda {
 
-// Tokens beyond which a row that fits its budget is dealt to all CTAs, as a cluster of its own
-// would attend to it for long.
+// A row that fits its budget and has more tokens is dealt to all CTAs: one cluster alone would
+// attend to it for long.
 constexpr int kLongDenseTokens = 8192;
 
 __host__ __device__ constexpr int div_up(int n, int d) { return n / d + (n % d != 0); }
@@ -23,8 +23,7 @@ __device__ __forceinline__ bool is_long_dense(int seq_len, int budget_pages, int
   return seq_len > kLongDenseTokens && !over_budget(seq_len, budget_pages, page_size);
 }
 
-// Adds what a row of so many pages reads, in all its KV heads, to the counters: by one thread of a
-// grid.
+// Add what a row reads in all its KV heads to the counters. Called by one thread of a grid.
 __device__ inline void count_row(int64_t* counters, int num_kv_heads, int pages, int budget_pages) {
   if (pages == 0) return;
   const auto add = [&](int counter, int64_t n) {

@@ -1,9 +1,8 @@
-// Shares the decode rows' work out to a grid of fixed size, on the device.
+// Deals the work of decode rows to a grid of fixed size, on the device.
 //
-// A row's work is the same for each of its KV heads: a number of chunks that depends on its length
-// and budget. All chunks of all rows, in the order [row, KV head, chunk], are dealt to the CTAs in
-// equal contiguous shares, so the grid depends on the GPU alone, and no CTA has more than one chunk
-// above another.
+// A row's work is the same for each of its KV heads: a number of chunks, by its length and budget.
+// All chunks of all rows, in the order [row, KV head, chunk], are dealt to the CTAs in contiguous
+// parts. The sizes of two parts differ by at most one chunk. The grid depends on the GPU alone.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +12,7 @@
 
 namespace quest::cuda {
 
-// Consecutive chunks of one (row, KV head): numbers [0, count) there, [first, first + count) in
-// all.
+// All chunks of one (row, KV head): numbers [first, first + count) among all chunks.
 struct Segment {
   int row, head;
   int first, count;
@@ -69,9 +67,9 @@ class Schedule {
 
   // The CTA that works on a chunk.
   __device__ int owner(int chunk) const {
-    const int of_the_larger = with_one_more_ * (per_cta_ + 1);
-    return chunk < of_the_larger ? chunk / (per_cta_ + 1)
-                                 : with_one_more_ + (chunk - of_the_larger) / per_cta_;
+    const int in_larger_parts = with_one_more_ * (per_cta_ + 1);
+    return chunk < in_larger_parts ? chunk / (per_cta_ + 1)
+                                   : with_one_more_ + (chunk - in_larger_parts) / per_cta_;
   }
 
   // The segment that a chunk belongs to.
@@ -102,9 +100,9 @@ class Schedule {
 
   const int* row_end_;  // [num_rows] in shared memory: chunks of this row and those before it
   int num_rows_, num_kv_heads_;
-  int num_ctas_;       // that have work
-  int per_cta_;        // chunks in the smaller shares
-  int with_one_more_;  // CTAs with one chunk more
+  int num_ctas_;       // CTAs that have work
+  int per_cta_;        // chunks in the smaller parts
+  int with_one_more_;  // CTAs that have one chunk more
 };
 
 }  // namespace quest::cuda

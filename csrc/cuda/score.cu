@@ -1,6 +1,6 @@
 // score: an upper bound of q·k for every page of the rows over their budget.
 //
-// Bytes: 4 * head_size per page and KV head, each read once. Nothing else counts.
+// Bytes: 4 * head_size per page and KV head, each read once. All other traffic is small.
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
@@ -10,35 +10,36 @@
 namespace quest::cuda {
 namespace {
 
-// On an H200, 64 rows of 16K: 75 us so; 1 CTA of 3 stages 83, of 1 stage 79; 3 CTAs of 1 stage 81.
-constexpr int kMaxCtas = 2;  // that share a multiprocessor
-constexpr int kStages = 1;   // tiles in a warp's ring
+// 64 rows of 16K tokens on an H200: 75 us with 2 CTAs of 1 stage, 83 us with 1 CTA of 3 stages, 79
+// us with 1 CTA of 1 stage, 81 us with 3 CTAs of 1 stage.
+constexpr int kMaxCtasPerMultiprocessor = 2;
+constexpr int kStages = 1;  // tiles in a warp's ring
 
-// Each warp has a ring of tiles, 16 pages' bounds, in shared memory. While it scores one, other
-// warps' are on their way, and where its own next one lies is looked up.
+// Each warp has a ring of tiles in shared memory, the bounds of 16 pages each. While it scores a
+// tile, it looks up where its next one lies, and other warps' tiles are being copied.
 template <typename T, int kHeadSize, int kGroupTiles>
 class Score {
  public:
   using Tile = BoundsTile<kHeadSize>;
-  static constexpr int kVecs = kHeadSize / 32, kWarps = kRings<kHeadSize>;
+  static constexpr int kVecs = kHeadSize / 32, kWarps = kWarpsFor<kHeadSize>;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr bool kPadded = false;  // tiles; what counts is how fast they are copied
-  static constexpr int kChunkPages = kWarps * kTilePages;  // of one (row, KV head)
+  static constexpr bool kPadded = false;  // Dense tiles are copied faster, which counts here.
+  static constexpr int kChunkPages = kWarps * kTilePages;  // a tile for each warp
 
-  struct alignas(kLineBytes) Shared {
+  struct alignas(kLineBytes) Memory {
     Barrier arrived[kWarps][kStages];
   };
 
-  // Of dynamic shared memory: [Shared, tiles [kStages, kWarps], row_end [num_rows]].
+  // Dynamic shared memory: [Memory, tiles [kStages, kWarps], row_end [num_rows]].
   static constexpr int kTilesBytes = kStages * kWarps * Tile::kDenseBytes;
   static constexpr int shared_bytes(int num_rows) {
-    return sizeof(Shared) + kTilesBytes + num_rows * sizeof(int);
+    return sizeof(Memory) + kTilesBytes + num_rows * sizeof(int);
   }
 
-  __device__ Score(const ScoreParams& p, Shared& shared, unsigned char* tiles,
+  __device__ Score(const ScoreParams& p, Memory& memory, unsigned char* tiles,
                    const Schedule& schedule)
       : p_(p),
-        shared_(shared),
+        memory_(memory),
         tiles_(tiles),
         schedule_(schedule),
         begin_(schedule.begin(blockIdx.x)),
@@ -54,7 +55,7 @@ class Score {
     return div_up(p.rows.seq_lens[row], p.cache.page_size);
   }
 
-  // Score a CTA's share of all chunks.
+  // Score this CTA's chunks.
   __device__ void run() {
     for (int number = begin_; number < min(end_, begin_ + kStages); ++number) copy_tile(number);
 
@@ -68,9 +69,9 @@ class Score {
       }
       const int first_page = (number - segment.first) * kChunkPages + warp_ * kTilePages;
       if (first_page < pages) {
-        shared_.arrived[warp_][scored_.stage].wait(scored_.parity);
-        score_tile(tile(scored_), segment, first_page, pages);
-        scored_.advance(kStages);
+        memory_.arrived[warp_][read_end_.stage].wait(read_end_.parity);
+        score_tile(tile(read_end_), segment, first_page, pages);
+        read_end_.advance(kStages);
         __syncwarp();  // before copies overwrite the tile
       }
       if (number + kStages < end_) copy_tile(number + kStages);
@@ -78,8 +79,8 @@ class Score {
   }
 
  private:
-  __device__ unsigned char* tile(const Place& place) const {
-    return tiles_ + (place.stage * kWarps + warp_) * Tile::kDenseBytes;
+  __device__ unsigned char* tile(const RingPosition& position) const {
+    return tiles_ + (position.stage * kWarps + warp_) * Tile::kDenseBytes;
   }
 
   // Look up where a chunk's tile lies.
@@ -96,17 +97,17 @@ class Score {
                             page / p_.cache.pages_per_block);
   }
 
-  // Have this warp's tile of a chunk copied.
+  // Issue the copies of this warp's tile of a chunk.
   __device__ void copy_tile(int number) {
     if (has_next_) {
-      copy_bounds<T, kHeadSize>(tile(copied_), kPadded, p_.cache, next_.head, next_block_,
-                                next_page_, shared_.arrived[warp_][copied_.stage]);
-      copied_.advance(kStages);
+      copy_bounds<T, kHeadSize>(tile(write_end_), kPadded, p_.cache, next_.head, next_block_,
+                                next_page_, memory_.arrived[warp_][write_end_.stage]);
+      write_end_.advance(kStages);
     }
     look_up(number + 1);
   }
 
-  // Repeat the last head where there are too few: the maximum stays the same.
+  // Load the query group. Smaller groups repeat the last head: the maximum stays the same.
   __device__ void load_query(const Segment& segment) {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
@@ -133,48 +134,49 @@ class Score {
   }
 
   const ScoreParams& p_;
-  Shared& shared_;
+  Memory& memory_;
   unsigned char* const tiles_;
   const Schedule& schedule_;
   const int begin_, end_;
   const int lane_, warp_, r_, c_;
 
-  Place copied_, scored_;  // the next tiles of this warp
-  Segment next_;           // of the tile to be copied next
+  RingPosition write_end_, read_end_;  // this warp's ring
+  Segment next_;                       // the segment of the tile that is copied next
   bool has_next_ = false;
-  int next_block_ = 0, next_page_ = 0;  // where this lane's page of it lies
+  int next_block_ = 0, next_page_ = 0;  // this lane's page of that tile: block, number in the block
 
   Vec query_[kGroupTiles][kVecs];  // query head r of each group tile
 };
 
 template <typename T, int kHeadSize, int kGroupTiles>
-__global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads, kMaxCtas)
+__global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads,
+                                  kMaxCtasPerMultiprocessor)
     score_kernel(const __grid_constant__ ScoreParams p) {
-  // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp tiles of them.
+  // grid: [CTAs that the GPU holds]; a CTA scores its part of all chunks, a warp one tile of each.
   using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
   extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
-  auto& shared = *reinterpret_cast<typename Score::Shared*>(shared_memory);
-  unsigned char* tiles = shared_memory + sizeof(shared);
+  auto& memory = *reinterpret_cast<typename Score::Memory*>(shared_memory);
+  unsigned char* tiles = shared_memory + sizeof(memory);
   int* row_end = reinterpret_cast<int*>(tiles + Score::kTilesBytes);
 
   if (threadIdx.x < Score::kWarps * kStages) {
-    shared.arrived[threadIdx.x / kStages][threadIdx.x % kStages].init();
+    memory.arrived[threadIdx.x / kStages][threadIdx.x % kStages].init();
   }
   const Schedule schedule = Schedule::build<Score::kThreads>(
       gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
         const int pages = Score::num_pages(p, row);
         return pages > p.rows.budget_pages[row] ? div_up(pages, Score::kChunkPages) : 0;
       });
-  Score score(p, shared, tiles, schedule);
+  Score score(p, memory, tiles, schedule);
   wait_for_previous_kernel();
   release_next_kernel();
   score.run();
 }
 
-// CTAs of a kernel to each multiprocessor: as many as fit, even with all rows; 0 if none does.
+// The most CTAs of a kernel that fit a multiprocessor, with the most rows; 0 if none does.
 template <typename... Params>
-int ctas_that_fit(void (*kernel)(Params...), int shared_bytes) {
-  int ctas = kMaxCtas;
+int ctas_per_multiprocessor(void (*kernel)(Params...), int shared_bytes) {
+  int ctas = kMaxCtasPerMultiprocessor;
   while (ctas > 0 && shared_memory_for(kernel, ctas) < shared_bytes) --ctas;
   return ctas;
 }
@@ -183,7 +185,7 @@ template <typename T, int kHeadSize, int kGroupTiles>
 cudaError_t launch_score(const ScoreParams& params, cudaStream_t stream) {
   using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
   const auto kernel = score_kernel<T, kHeadSize, kGroupTiles>;
-  static const int ctas = ctas_that_fit(kernel, Score::shared_bytes(kMaxRows));
+  static const int ctas = ctas_per_multiprocessor(kernel, Score::shared_bytes(kMaxRows));
   if (ctas == 0) return cudaErrorInvalidConfiguration;
   return launch(kernel, ctas * num_multiprocessors(), Score::kThreads,
                 Score::shared_bytes(params.rows.num_rows), stream, params);

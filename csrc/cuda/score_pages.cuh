@@ -1,4 +1,4 @@
-// The product that scores pages: of a tile of their bounds with the query group.
+// Scores of 16 pages: the product of a tile of bounds with the query group.
 //
 // With low = min(q, 0) and high = max(q, 0), a page's bound is low·minimum + high·maximum: a matrix
 // product of the pages' rows of bounds with [low | high], for the whole query group at once.
@@ -12,10 +12,11 @@ namespace quest::cuda {
 
 constexpr int kTilePages = 16;
 
-// 16 pages' bounds that a warp has copied to shared memory, a row each. Where blocks hold those of
-// 4 neighbouring pages one after another, these are copied at once, then the next four. Those lie
-// at the next line; or, padded, half a line further on, so that lanes with neighbouring r read
-// different places. That makes scoring shorter, and copies slower (NOTES.md, version 9).
+// The bounds of 16 pages in shared memory, a row to a page, in four groups of four pages. Where a
+// block holds the bounds of a group one after another, one copy moves them. A dense group begins at
+// the line after the one before it. A padded group begins half a line later, so that lanes with
+// neighbouring r read different places: scoring is shorter, but copies are slower. See DESIGN.md,
+// "Lines of 128 bytes".
 template <int kHeadSize>
 struct BoundsTile {
   static constexpr int kRowBytes = 4 * kHeadSize;  // minimum and maximum
@@ -26,7 +27,7 @@ struct BoundsTile {
   static constexpr int kPaddedBytes = kDenseBytes + kGroups * kPadding;
   static_assert(kDenseBytes % kLineBytes == 0 && kPaddedBytes % kLineBytes == 0);
 
-  // To the matrix unit, this is the page of row r, and 8 more that of row r + 8.
+  // The page that the matrix unit takes as row r. Row r + 8 holds the 8th page after it.
   static __device__ constexpr int page_of_row(int r) { return r % 2 * kGroupPages + r / 2; }
   static __device__ constexpr int row_of_page(int page) {
     return page % kGroupPages * 2 + page / kGroupPages;
@@ -37,8 +38,8 @@ struct BoundsTile {
   }
 };
 
-// The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; in their
-// place it takes one that does, the first of a group.
+// The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; the first
+// page of the last group stands in for them.
 template <int kHeadSize>
 __device__ __forceinline__ int bounds_page(int first_page, int num_pages) {
   constexpr int kGroupPages = BoundsTile<kHeadSize>::kGroupPages;
@@ -46,15 +47,16 @@ __device__ __forceinline__ int bounds_page(int first_page, int num_pages) {
   return page < num_pages ? page : (num_pages - 1) / kGroupPages * kGroupPages;
 }
 
-// A warp copies a tile in the background; lane l < 16 says where the l-th page's bounds lie: those
-// of the `page`-th page of a block. A phase of the barrier is over when they have arrived.
+// Issue the copies of a warp's tile of bounds. Lane l < 16 gives the l-th page: its block, and its
+// number in the block. The barrier's phase ends when the tile has arrived.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, bool padded,
-                                            const KvCache& cache, int kv_head, int block, int page,
-                                            Barrier& barrier) {
+                                            const KvCache& cache, int kv_head, int block,
+                                            int page_in_block, Barrier& barrier) {
   using Tile = BoundsTile<kHeadSize>;
   const T* from = static_cast<const T*>(cache.data) + block * cache.block_stride +
-                  kv_head * cache.head_stride + (cache.block_tokens + page) * 2 * kHeadSize;
+                  kv_head * cache.head_stride +
+                  (cache.block_tokens + page_in_block) * 2 * kHeadSize;
   const int lane = threadIdx.x % kWarpSize;
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
 #if __CUDA_ARCH__ >= 900
@@ -77,10 +79,10 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, bool padde
 #endif
 }
 
-// A warp scores the 16 pages of a tile. `query(g, j)`, of lane 4 * r + c: vector vec_of(j, c) of
-// query head 8 * g + r; heads are repeated where there are too few, so that the maximum over all
-// stays the same. All lanes with the same r get the scores of page page_of_row(r) (x) and of the
-// 8th after it (y).
+// Score the 16 pages of a warp's tile. In lane 4 * r + c, `query(g, j)` is vector vec_of(j, c) of
+// query head 8 * g + r; smaller groups repeat a head, which leaves the maximum over heads the same.
+// All lanes with the same r return the scores of page page_of_row(r) (x) and of the 8th page after
+// it (y).
 template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, bool kPadded, typename Query>
 __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
   using Tile = BoundsTile<kHeadSize>;
@@ -88,10 +90,10 @@ __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query q
   // Multiply: minima with low, maxima with high.
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const bool is_swapped = !kPadded && r % 2 != 0;
-  float sum[kGroupTiles][2][4] = {};  // two sums shorten the chain of products
+  float sum[kGroupTiles][2][4] = {};  // Two sums shorten the chain of products.
 #pragma unroll kUnroll
   for (int first_j = 0; first_j < kVecs; first_j += 2) {
-    Vec bounds[2][2][2];  // of rows r and r + 8: minima and maxima, two vectors
+    Vec bounds[2][2][2];  // [row r or r + 8][minima or maxima][vector]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

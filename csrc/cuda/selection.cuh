@@ -1,14 +1,15 @@
 // Exact selection of the pages with the highest scores, by all threads of a CTA together. Of two
 // equal scores the lower page comes first.
 //
-// Scores are kept as keys, integers of the same order. A radix select narrows down where the lowest
-// chosen key lies, 8 bits at a time, until at most 32 pages are undecided; these are compared one
-// with another. Keys count from the lowest of them, so that their upper bits differ: mostly one
-// step is enough. More than 32 equal keys are chosen in the order of their pages. What is chosen is
-// marked in a bitmap, whose bits are then counted, so that every chosen page knows its place.
+// Scores become keys: integers of the same order. A radix select narrows down the lowest chosen
+// key, 8 bits at a time, until at most 32 pages are undecided. A warp compares these with one
+// another. Keys count from the lowest key, so that their upper bits differ and one step is mostly
+// enough. Of more than 32 equal keys, those of the first pages are chosen. Chosen pages are marked
+// in a bitmap, and counting its bits gives each chosen page its place in the list.
 //
-// What counts is latency: barriers, branches, and instructions. A CTA runs through this code once
-// or twice, and waits for it to be fetched: loops are short.
+// Latency counts here: barriers, branches and instructions. A CTA runs through this code once or
+// twice and waits for its instructions to be fetched, so loops are short. See DESIGN.md,
+// "Selection".
 #pragma once
 
 #include "device.cuh"
@@ -24,6 +25,9 @@ __device__ __forceinline__ uint32_t key_of(float score) {
   const uint32_t bits = __float_as_uint(score + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// The key of a page that does not compete: below those of all scores.
+constexpr uint32_t kNoKey = 0;
 
 // The lowest and the highest of some keys.
 struct KeyRange {
@@ -42,9 +46,8 @@ struct KeyRange {
   }
 };
 
-// All bits where x > y, or none: the borrow of y - x. By a comparison, ptxas 13.0 has mixed up the
-// bits of several keys: it gathered predicates of which some were overwritten (NOTES.md, version
-// 9).
+// All bits where x > y, otherwise none: the borrow of y - x. From comparisons, ptxas 13.0 gathered
+// predicates of several keys after it had overwritten some. See DESIGN.md, "Marks as borrows".
 __device__ __forceinline__ uint32_t all_if_greater(uint32_t x, uint32_t y) {
   uint32_t bits;
   asm("{ .reg .u32 difference;\n"
@@ -55,7 +58,7 @@ __device__ __forceinline__ uint32_t all_if_greater(uint32_t x, uint32_t y) {
   return bits;
 }
 
-// A warp looks at 128 pages at a time, a lane at four neighbours.
+// A warp reads the keys of 128 pages at a time, a lane those of four neighbouring pages.
 constexpr int kLaneKeys = 4, kGroupKeys = kLaneKeys * kWarpSize;
 
 // A bit for each of a lane's keys: whether it is higher, or lower, than `key`.
@@ -76,15 +79,15 @@ template <int kThreads>
 struct SelectionMemory {
   static constexpr int kWarps = kThreads / kWarpSize;
 
-  int histogram[kBins + 1];  // the last one: of keys that are not in question
+  int histogram[kBins + 1];  // The last bin counts keys that are decided.
   int counted[kWarps];
   struct {
-    int bin, above, count;  // pages in higher bins, and in this one
+    int bin, above, count;  // `above`: pages in higher bins; `count`: pages in this one
   } found;
   int num_undecided;
   uint64_t undecided[kMaxUndecided];  // see Selection::value; 0: none
 
-  // By all threads, before they choose; then they pass a barrier.
+  // Called by all threads. They pass a barrier before they choose.
   __device__ void clear() {
 #pragma unroll 1
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) histogram[bin] = 0;
@@ -93,17 +96,18 @@ struct SelectionMemory {
   }
 };
 
-// What all threads of a CTA do together. `keys(page)` is asked for the keys of four pages from
-// `page` on, a uint4, several times for each page up to the end of the last group, where it may
-// return anything. Where it takes long to answer, a warp asks for `kAtOnce` groups' keys at once.
-template <int kThreads, typename Keys, int kAtOnce = 1>
+// Selection by all threads of a CTA together. `keys(page)` returns the keys of four pages from
+// `page` on, a uint4. It is called several times for each page, up to the end of the last group;
+// past the last page it may return anything. Where keys are far, a warp loads those of
+// `kGroupsAtOnce` groups at once.
+template <int kThreads, typename Keys, int kGroupsAtOnce = 1>
 class Selection {
  public:
   static constexpr int kWarps = kThreads / kWarpSize;
 
   // `bitmap`: scratch in shared memory, [key_groups(num_pages)].
-  __device__ Selection(SelectionMemory<kThreads>& shared, Keys keys, uint4* bitmap, int num_pages)
-      : shared_(shared),
+  __device__ Selection(SelectionMemory<kThreads>& memory, Keys keys, uint4* bitmap, int num_pages)
+      : memory_(memory),
         keys_(keys),
         bitmap_(reinterpret_cast<uint32_t*>(bitmap)),
         num_pages_(num_pages),
@@ -111,8 +115,7 @@ class Selection {
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize) {}
 
-  // Marks `count` pages, at least one and at most all: those with the highest keys. `range`: of all
-  // keys.
+  // Mark the `count` pages with the highest keys, at least one page. `range` is that of all keys.
   __device__ void choose(int count, const KeyRange& range) {
     const Undecided undecided = narrow(count, range);
     mark(undecided);
@@ -125,8 +128,15 @@ class Selection {
     __syncthreads();
   }
 
-  // Removes the mark of a page; returns whether it had one. By a thread for each such page; then
-  // all pass a barrier.
+  // Mark the first pages too, after choose. Then all threads pass a barrier.
+  __device__ void mark_first(int count) {
+    for (int page = threadIdx.x; page < count; page += kThreads) {
+      atomicOr(bitmap_ + page / kWarpSize, 1u << page % kWarpSize);
+    }
+  }
+
+  // Remove the mark of a page; returns whether it had one. Called by one thread for each page. Then
+  // all threads pass a barrier.
   __device__ bool take(int page) {
     const uint32_t mark = 1u << page % kWarpSize;
     return (atomicAnd(bitmap_ + page / kWarpSize, ~mark) & mark) != 0;
@@ -157,21 +167,21 @@ class Selection {
   }
   static __device__ int page_of(uint64_t value) { return ~static_cast<uint32_t>(value); }
 
-  // This thread's share of the bitmap's parts, neighbours.
-  struct Share {
+  // The neighbouring parts of the bitmap, [first, end), that this thread reads.
+  struct Span {
     int first, end;
   };
-  static __device__ Share share_of(int num_parts) {
-    const int of_thread = (num_parts + kThreads - 1) / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * of_thread;
-    return {first, min(first + of_thread, num_parts)};
+  static __device__ Span span_of(int num_parts) {
+    const int per_thread = (num_parts + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * per_thread;
+    return {first, min(first + per_thread, num_parts)};
   }
 
-  // list, where a thread goes through neighbouring parts of the bitmap, mostly one.
+  // list, where a thread reads neighbouring parts of the bitmap, mostly one.
   template <typename Part, typename F>
   __device__ void list_by(F f) {
     const auto* parts = reinterpret_cast<const Part*>(bitmap_);
-    const auto [first, end] = share_of(num_bytes_ / static_cast<int>(sizeof(Part)));
+    const auto [first, end] = span_of(num_bytes_ / static_cast<int>(sizeof(Part)));
     int marks = 0;
 #pragma unroll 1
     for (int part = first; part < end; ++part) marks += __popc(parts[part]);
@@ -190,7 +200,8 @@ class Selection {
   // Narrow down the lowest of the `count` highest keys.
   __device__ Undecided narrow(int count, const KeyRange& range) {
     uint32_t low = range.lowest;
-    int bits = 32 - __clz(range.highest - low);  // in which undecided keys differ from `low`
+    int bits =
+        32 - __clz(range.highest - low);  // the bits in which undecided keys can differ from `low`
 #pragma unroll 1
     while (true) {
       const int shift = max(0, bits - kDigitBits);
@@ -200,13 +211,13 @@ class Selection {
         for (int k = 0; k < kLaneKeys; ++k) {
           const bool is_in = first + k < num_pages_ && keys[k] >= low;
           const uint32_t bin = is_in ? (keys[k] - low) >> shift : kBins;
-          atomicAdd(&shared_.histogram[min(bin, uint32_t{kBins})], 1);  // without a branch
+          atomicAdd(&memory_.histogram[min(bin, uint32_t{kBins})], 1);  // without a branch
         }
       });
       __syncthreads();
       find_bin(count);
       __syncthreads();
-      const auto found = shared_.found;
+      const auto found = memory_.found;
       low += static_cast<uint32_t>(found.bin) << shift;
       bits = shift;
       count -= found.above;
@@ -219,13 +230,14 @@ class Selection {
   __device__ void find_bin(int count) {
     static_assert(kBins % kThreads == 0 || kBins < kThreads);
     constexpr int kPerThread = kBins < kThreads ? 1 : kBins / kThreads;
-    const int highest = kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;  // of its bins
+    const int highest =
+        kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;  // this thread's highest bin
     int counts[kPerThread] = {}, sum = 0;
     if (highest >= 0) {
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        counts[i] = shared_.histogram[highest - i];
-        shared_.histogram[highest - i] = 0;
+        counts[i] = memory_.histogram[highest - i];
+        memory_.histogram[highest - i] = 0;
         sum += counts[i];
       }
     }
@@ -234,31 +246,31 @@ class Selection {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       if (above < count && above + counts[i] >= count) {
-        shared_.found = {highest - i, above, counts[i]};
+        memory_.found = {highest - i, above, counts[i]};
       }
       above += counts[i];
     }
   }
 
-  // Call f(page, keys) for four neighbouring pages from `page` on at a time, by each lane.
+  // Each lane calls f(page, keys) for its four neighbouring pages, from `page` on, of every group.
   template <typename F>
   __device__ void for_each_group(F f) const {
-    const auto first_of = [&](int group) { return group * kGroupKeys + lane_ * kLaneKeys; };
+    const auto first_page = [&](int group) { return group * kGroupKeys + lane_ * kLaneKeys; };
     const int num_groups = key_groups(num_pages_);
-    if constexpr (kAtOnce == 1) {
+    if constexpr (kGroupsAtOnce == 1) {
 #pragma unroll 2
       for (int group = warp_; group < num_groups; group += kWarps) {
-        f(first_of(group), keys_(first_of(group)));
+        f(first_page(group), keys_(first_page(group)));
       }
     } else {
 #pragma unroll 1
-      for (int group = warp_; group < num_groups; group += kAtOnce * kWarps) {
-        uint4 keys[kAtOnce];
+      for (int group = warp_; group < num_groups; group += kGroupsAtOnce * kWarps) {
+        uint4 keys[kGroupsAtOnce];
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) keys[k] = keys_(first_of(group + k * kWarps));
+        for (int k = 0; k < kGroupsAtOnce; ++k) keys[k] = keys_(first_page(group + k * kWarps));
 #pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          if (group + k * kWarps < num_groups) f(first_of(group + k * kWarps), keys[k]);
+        for (int k = 0; k < kGroupsAtOnce; ++k) {
+          if (group + k * kWarps < num_groups) f(first_page(group + k * kWarps), keys[k]);
         }
       }
     }
@@ -274,11 +286,11 @@ class Selection {
       const uint32_t of_neighbour = __shfl_xor_sync(kAllLanes, marks, 1);
       if (lane_ % 2 == 0) bytes()[first / 8] = marks | of_neighbour << kLaneKeys;
       if (open == 0 || !undecided.is_few) return;
-      int i = atomicAdd(&shared_.num_undecided, __popc(open));
+      int i = atomicAdd(&memory_.num_undecided, __popc(open));
 #pragma unroll 1
       for (; open != 0; open &= open - 1) {
         const uint32_t key = open & 1 ? keys.x : open & 2 ? keys.y : open & 4 ? keys.z : keys.w;
-        shared_.undecided[i++] = value(key, first + __ffs(open) - 1);
+        memory_.undecided[i++] = value(key, first + __ffs(open) - 1);
       }
     });
   }
@@ -287,25 +299,25 @@ class Selection {
   __device__ void mark_best(int count) {
     if (warp_ != 0) return;
     constexpr int kCompared = 8;
-    const uint64_t mine = shared_.undecided[lane_];
+    const uint64_t mine = memory_.undecided[lane_];
     int rank = 0;
 #pragma unroll 1
-    for (int first = 0; first < shared_.num_undecided; first += kCompared) {
+    for (int first = 0; first < memory_.num_undecided; first += kCompared) {
 #pragma unroll
-      for (int i = 0; i < kCompared; ++i) rank += shared_.undecided[first + i] > mine;
+      for (int i = 0; i < kCompared; ++i) rank += memory_.undecided[first + i] > mine;
     }
     if (mine == 0 || rank >= count) return;
     const int page = page_of(mine);
     atomicOr(bitmap_ + page / kWarpSize, 1u << page % kWarpSize);
   }
 
-  // The same where all undecided pages have one key: mark the first `count` of them.
+  // Mark the first `count` of the undecided pages, which all have one key.
   __device__ void mark_first_equal(const Undecided& undecided) {
-    const auto [first, end] = share_of(num_bytes_);
+    const auto [first, end] = span_of(num_bytes_);
     int equal = 0;
 #pragma unroll 1
     for (int byte = first; byte < end; ++byte) equal += __popc(pages_with(undecided.high, byte));
-    int rest = undecided.count - sum_before(equal);  // of those to be marked, from here on
+    int rest = undecided.count - sum_before(equal);  // pages still to be marked, from here on
 #pragma unroll 1
     for (int byte = first; byte < end; ++byte) {
       uint32_t bits = pages_with(undecided.high, byte);
@@ -338,13 +350,13 @@ class Selection {
       const int below = __shfl_up_sync(kAllLanes, up_to_lane, step);
       if (lane_ >= step) up_to_lane += below;
     }
-    if (lane_ == kWarpSize - 1) shared_.counted[warp_] = up_to_lane;
+    if (lane_ == kWarpSize - 1) memory_.counted[warp_] = up_to_lane;
     __syncthreads();
-    return __reduce_add_sync(kAllLanes, lane_ < warp_ ? shared_.counted[lane_] : 0) + up_to_lane -
+    return __reduce_add_sync(kAllLanes, lane_ < warp_ ? memory_.counted[lane_] : 0) + up_to_lane -
            x;
   }
 
-  SelectionMemory<kThreads>& shared_;
+  SelectionMemory<kThreads>& memory_;
   const Keys keys_;
   uint32_t* const bitmap_;
   const int num_pages_, num_bytes_;

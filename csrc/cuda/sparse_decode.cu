@@ -1,6 +1,6 @@
 // sparse_decode: attention of one query token over a row's selected pages, or over all of them.
 //
-// Bytes: 4 * head_size per attended token and KV head, each read once. Nothing else counts.
+// Bytes: 4 * head_size per attended token and KV head, each read once. All other traffic is small.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -16,7 +16,7 @@ constexpr int kCtasPerMultiprocessor = 1;
 template <typename T, int kHeadSize, int kGroupTiles>
 __global__ void __launch_bounds__(SplitDecode<T, kHeadSize, kGroupTiles>::kThreads, 1)
     sparse_decode_kernel(const __grid_constant__ SparseDecodeParams p, int stages) {
-  // grid: [CTAs that the GPU holds]; a CTA attends to its share of all chunks.
+  // grid: [CTAs that the GPU holds]; a CTA attends to its part of all chunks.
   extern __shared__ __align__(16) unsigned char shared_memory[];
   SplitDecode<T, kHeadSize, kGroupTiles>::attend(p, shared_memory, stages, blockIdx.x, gridDim.x,
                                                  [](int) { return true; });
@@ -27,7 +27,7 @@ cudaError_t launch_decode(const SparseDecodeParams& params, cudaStream_t stream)
   using Decode = SplitDecode<typename M::Type, M::kHeadSize, M::kGroupTiles>;
   const auto kernel = sparse_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles>;
   static const int room = shared_memory_for(kernel, kCtasPerMultiprocessor);
-  int stages = kMaxStages;
+  int stages = Decode::S::kMaxStages;
   while (stages > 0 && Decode::shared_bytes(stages, params.rows.num_rows) > room) --stages;
   if (stages == 0) return cudaErrorInvalidConfiguration;
   return launch(kernel, kCtasPerMultiprocessor * num_multiprocessors(), Decode::kThreads,

@@ -1,16 +1,17 @@
-// Attention of decode rows, each dealt to as many CTAs as its length asks for (split-KV).
+// Attention of decode rows, each dealt to as many CTAs as its length needs (split-KV). See
+// DESIGN.md, "Split decode".
 //
-// Positions count the attended tokens of a row: those of its selected pages, page after page, or of
-// its whole context. Only the last page can be partly filled. A warp attends to a tile of 16
+// Positions count the attended tokens of a row, page after page: the tokens of its selected pages,
+// or of its whole context. Only the last page can be partly filled. A warp attends to a tile of 16
 // positions at a time (attention.cuh).
 //
-// Each warp has a ring of tiles in shared memory: while it attends to one, the next are on their
-// way.
+// Each warp has a ring of tiles in shared memory. While it attends to one tile, the next ones are
+// being copied.
 //
-// A tile for each warp of a CTA is a chunk; the chunks of all rows are dealt to the CTAs
-// (schedule.cuh). What a CTA's warps found for one (row, KV head) is merged in shared memory; where
-// several CTAs share it, each leaves its part in the workspace, and the last to arrive merges them,
-// in the CTAs' order.
+// A chunk is a tile for each warp of a CTA. The chunks of all rows are dealt to the CTAs
+// (schedule.cuh). A CTA merges its warps' results for one (row, KV head) in shared memory. Where
+// several CTAs have chunks of a (row, KV head), each leaves its result in the workspace, and the
+// last CTA to arrive merges them, in the CTAs' order.
 #pragma once
 
 #include "attention.cuh"
@@ -21,17 +22,15 @@
 
 namespace quest::cuda {
 
-constexpr int kMaxStages = 3;        // tiles in a warp's ring
-constexpr int kSlabRow = kSlab + 4;  // in shared memory, against bank conflicts
-
 template <int kHead, int kGroupTiles>
 struct SplitSizes {
   static constexpr int kHeadSize = kHead;
-  static constexpr int kWarps = kRings<kHeadSize>;
+  static constexpr int kWarps = kWarpsFor<kHeadSize>;
+  static constexpr int kMaxStages = 3;  // tiles in a warp's ring
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkTokens = kWarps * kTileTokens;
-  static constexpr int kHeads = 8 * kGroupTiles;        // of a query group, padded
-  static constexpr int kVecs = Tile<kHeadSize>::kVecs;  // of a key that a lane needs
+  static constexpr int kHeads = 8 * kGroupTiles;  // query heads of a padded group
+  static constexpr int kSlabPitch = kSlab + 4;    // floats; the padding avoids bank conflicts
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
   static constexpr int kTileBytes = Tile<kHeadSize>::kBytes;
 };
@@ -39,12 +38,12 @@ struct SplitSizes {
 template <typename S, int kGroupTiles>
 struct SplitMemory {
   GroupQuery<S::kHeadSize, kGroupTiles> query;
-  Barrier arrived[S::kWarps][kMaxStages];  // a warp's tiles
+  Barrier arrived[S::kWarps][S::kMaxStages];  // a warp's tiles
 
-  // What the warps found for one (row, KV head).
-  float warp_maximum[S::kWarps][S::kHeads], warp_sum[S::kWarps][S::kHeads];
+  // The warps' results for one (row, KV head). The two halves of their softmax states lie apart.
+  float warp_max_log2[S::kWarps][S::kHeads], warp_sum[S::kWarps][S::kHeads];
   float sum[S::kHeads];
-  alignas(16) float slab[S::kWarps][8][kSlabRow];  // a part of out^T
+  alignas(16) float slab[S::kWarps][8][S::kSlabPitch];  // a part of out^T
   bool is_last;
 };
 
@@ -52,16 +51,16 @@ template <typename T, int kHeadSize, int kGroupTiles>
 class SplitDecode {
  public:
   using S = SplitSizes<kHeadSize, kGroupTiles>;
-  using SharedMemory = SplitMemory<S, kGroupTiles>;
+  using Memory = SplitMemory<S, kGroupTiles>;
   static constexpr int kChunkTokens = S::kChunkTokens, kSlabs = S::kSlabs, kThreads = S::kThreads;
   static constexpr int kWarps = S::kWarps;
   using Tile = quest::cuda::Tile<kHeadSize>;
 
   // `tiles`: [stages, kWarps] rings in shared memory.
-  __device__ SplitDecode(const SparseDecodeParams& p, SharedMemory& shared, unsigned char* tiles,
+  __device__ SplitDecode(const SparseDecodeParams& p, Memory& memory, unsigned char* tiles,
                          int stages, const Schedule& schedule, int cta)
       : p_(p),
-        shared_(shared),
+        memory_(memory),
         tiles_(tiles),
         stages_(stages),
         schedule_(schedule),
@@ -73,9 +72,9 @@ class SplitDecode {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        warp_attention_(shared.query, Tile::kPaddedPitch, p.scale, p.soft_cap) {}
+        warp_attention_(memory.query, Tile::kPaddedPitch, p.scale, p.soft_cap) {}
 
-  // Attend to a CTA's share: chunks [begin, end).
+  // Attend to this CTA's chunks, [begin, end).
   __device__ void run() {
     for (int number = begin_; number < min(end_, begin_ + stages_); ++number) copy_tile(number);
 
@@ -89,9 +88,9 @@ class SplitDecode {
       }
       const int rest = remaining(tokens, number - segment.first);
       if (rest > 0) {
-        shared_.arrived[warp_][attended_.stage].wait(attended_.parity);
-        warp_attention_.attend(tiles_ + (attended_.stage * kWarps + warp_) * S::kTileBytes, rest);
-        attended_.advance(stages_);
+        memory_.arrived[warp_][read_end_.stage].wait(read_end_.parity);
+        warp_attention_.attend(tiles_ + (read_end_.stage * kWarps + warp_) * S::kTileBytes, rest);
+        read_end_.advance(stages_);
         __syncwarp();  // before copies overwrite the tile
       }
       if (number + stages_ < end_) copy_tile(number + stages_);
@@ -101,27 +100,27 @@ class SplitDecode {
 
   // Tokens that a row attends to.
   static __device__ int num_tokens(const SparseDecodeParams& p, int row) {
-    const int seq_len = p.rows.seq_lens[row], budget = p.rows.budget_pages[row];
+    const int seq_len = p.rows.seq_lens[row], budget_pages = p.rows.budget_pages[row];
     const int pages = div_up(seq_len, p.cache.page_size);
-    const int unselected = max(0, pages - budget);  // the newest, perhaps partial, is selected
+    // The newest page, which may be partial, is always selected.
+    const int unselected = max(0, pages - budget_pages);
     return seq_len - unselected * p.cache.page_size;
   }
 
-  // What a kernel does with the shared memory it has, [SharedMemory, tiles [stages, kWarps],
-  // row_end [num_rows]]: CTA `cta` of `num_ctas` attends to its share of the rows that `is_ours`
-  // accepts.
+  // CTA `cta` of `num_ctas` attends to its chunks of the rows that `is_ours` accepts. Shared memory
+  // holds [Memory, tiles [stages, kWarps], row_end [num_rows]].
   template <typename IsOurs>
   static __device__ void attend(const SparseDecodeParams& p, unsigned char* shared_memory,
                                 int stages, int cta, int num_ctas, IsOurs is_ours) {
-    auto& shared = *reinterpret_cast<SharedMemory*>(shared_memory);
-    unsigned char* tiles = shared_memory + sizeof(shared);
+    auto& memory = *reinterpret_cast<Memory*>(shared_memory);
+    unsigned char* tiles = shared_memory + sizeof(memory);
     int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * S::kTileBytes);
     // A loop, and so a branch: without one, racecheck believes that all threads initialise a
     // barrier.
     if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll 1
       for (int stage = 0; stage < stages; ++stage) {
-        shared.arrived[threadIdx.x / kWarpSize][stage].init();
+        memory.arrived[threadIdx.x / kWarpSize][stage].init();
       }
     }
     const Schedule schedule = Schedule::build<kThreads>(
@@ -139,23 +138,23 @@ class SplitDecode {
       }
     }
     if (schedule.begin(cta) < schedule.begin(cta + 1)) {
-      SplitDecode(p, shared, tiles, stages, schedule, cta).run();
+      SplitDecode(p, memory, tiles, stages, schedule, cta).run();
     }
   }
 
   static constexpr int shared_bytes(int stages, int num_rows) {
-    return sizeof(SharedMemory) + stages * kWarps * S::kTileBytes + num_rows * sizeof(int);
+    return sizeof(Memory) + stages * kWarps * S::kTileBytes + num_rows * sizeof(int);
   }
 
  private:
-  static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane looks up one half of a tile
+  static constexpr int kPlannedTiles = kWarpSize / 2;  // a lane to each half of a tile
 
-  // Positions from the start of this warp's tile to the row's end, in a (row, KV head)'s chunk.
+  // Positions from the start of this warp's tile in a chunk of a (row, KV head) to the row's end.
   __device__ int remaining(int tokens, int chunk) const {
     return tokens - chunk * kChunkTokens - warp_ * kTileTokens;
   }
 
-  // Look up where this warp's next tiles lie: lane l the half l % 2 of the tile in chunk
+  // Look up where this warp's next tiles lie. Lane l looks up half l % 2 of the tile in chunk
   // `first` + l / 2.
   __device__ void plan(int first) {
     planned_ = first;
@@ -179,8 +178,8 @@ class SplitDecode {
                      token % p_.cache.block_tokens * Tile::kRowSize;
   }
 
-  // Have this warp's tile of a chunk copied. Lane 8 * half + token has a position; past the row's
-  // end it takes one before it, whose logit is masked.
+  // Issue the copies of this warp's tile of a chunk. Lane 8 * half + token has one position. Past
+  // the row's end it copies an earlier position instead, whose logit is masked.
   __device__ void copy_tile(int number) {
     if (number == planned_ + kPlannedTiles) plan(number);
     const int lane = 2 * (number - planned_);
@@ -189,25 +188,26 @@ class SplitDecode {
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
-    copy_tile_of<kHeadSize>(tiles_ + (copied_.stage * kWarps + warp_) * S::kTileBytes,
+    copy_tile_of<kHeadSize>(tiles_ + (write_end_.stage * kWarps + warp_) * S::kTileBytes,
                             Tile::kPaddedPitch,
                             static_cast<const T*>(p_.cache.data) + start + token * Tile::kRowSize,
-                            rest >= kTileTokens, shared_.arrived[warp_][copied_.stage]);
-    copied_.advance(stages_);
+                            rest >= kTileTokens, memory_.arrived[warp_][write_end_.stage]);
+    write_end_.advance(stages_);
   }
 
-  // Begin with a (row, KV head): its query, and nothing attended to.
+  // Begin with a (row, KV head): load its query and forget all tokens.
   __device__ void start(const Segment& segment) {
     GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query;
     query.load(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
                    segment.head * p_.group_size * p_.query_head_stride,
                p_.query_head_stride, p_.group_size);
-    query.store(shared_.query);
+    query.store(memory_.query);
     warp_attention_.reset();
     __syncthreads();
   }
 
-  // Merge what the warps found for a (row, KV head): write it, if this is all of it, or leave it.
+  // Merge the warps' results for a (row, KV head). Write the output where this CTA has all its
+  // chunks; otherwise leave the result in the workspace.
   __device__ void finish(const Segment& segment) {
     const int cta = cta_;
     const int first_cta = schedule_.owner(segment.first);
@@ -219,20 +219,20 @@ class SplitDecode {
     for (int tile = 0; tile < kGroupTiles; ++tile) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float sum = warp_attention_.sum_of_weights(tile, k);
+        const SoftmaxState state = warp_attention_.state(tile, k);
         if (r_ == 0) {
-          shared_.warp_maximum[warp_][tile * 8 + 2 * c_ + k] = warp_attention_.maximum(tile, k);
-          shared_.warp_sum[warp_][tile * 8 + 2 * c_ + k] = sum;
+          memory_.warp_max_log2[warp_][tile * 8 + 2 * c_ + k] = state.max_log2;
+          memory_.warp_sum[warp_][tile * 8 + 2 * c_ + k] = state.sum;
         }
       }
     }
     __syncthreads();
     if (threadIdx.x < p_.group_size) {
-      const float2 weight = merge_warp_sums(threadIdx.x);
-      shared_.sum[threadIdx.x] = weight.y;
+      const SoftmaxState state = merge_warps(threadIdx.x);
+      memory_.sum[threadIdx.x] = state.sum;
       if (!is_whole) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + threadIdx.x;
-        reinterpret_cast<float2*>(p_.workspace.partial_weight)[row] = weight;
+        p_.workspace.partial_state[row] = state;
       }
     }
     float factor[kGroupTiles][2];
@@ -240,8 +240,8 @@ class SplitDecode {
     for (int tile = 0; tile < kGroupTiles; ++tile) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float maximum = maximum_of_warps(tile * 8 + 2 * c_ + k);
-        factor[tile][k] = rescale(warp_attention_.maximum(tile, k), maximum);
+        const float max_log2 = max_log2_of_warps(tile * 8 + 2 * c_ + k);
+        factor[tile][k] = rescale(warp_attention_.max_log2(tile, k), max_log2);
       }
     }
 
@@ -255,7 +255,7 @@ class SplitDecode {
         for (int k = 0; k < 2; ++k) {
           if (2 * c_ + k >= num_heads) continue;
           warp_attention_.write_values(tile, slab, k, factor[tile][k],
-                                       &shared_.slab[warp_][2 * c_ + k][8 * r_]);
+                                       &memory_.slab[warp_][2 * c_ + k][8 * r_]);
         }
         __syncthreads();
         for (int i = threadIdx.x; i < num_heads * kSlab; i += kThreads) {
@@ -263,9 +263,9 @@ class SplitDecode {
           if (kHeadSize % kSlab != 0 && dim >= kHeadSize) continue;
           float x = 0.0f;
 #pragma unroll
-          for (int warp = 0; warp < kWarps; ++warp) x += shared_.slab[warp][i / kSlab][i % kSlab];
+          for (int warp = 0; warp < kWarps; ++warp) x += memory_.slab[warp][i / kSlab][i % kSlab];
           if (is_whole) {
-            write_out(segment, head, dim, x, shared_.sum[head]);
+            write_out(segment, head, dim, x, memory_.sum[head]);
           } else {
             const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
             p_.workspace.partial_out[row * kHeadSize + dim] = x;
@@ -277,64 +277,61 @@ class SplitDecode {
     if (!is_whole) arrive(segment, first_cta, last_cta);
   }
 
-  // Which of the partial results a CTA leaves: its share can begin in one (row, KV head) and end in
-  // another.
+  // The place of a CTA's partial result in the workspace. A CTA leaves at most two: its chunks can
+  // begin in one (row, KV head) and end in another.
   static __device__ int64_t part(int cta, bool starts_here) { return 2 * cta + starts_here; }
 
-  __device__ float maximum_of_warps(int head) const {
-    float maximum = -INFINITY;
+  __device__ float max_log2_of_warps(int head) const {
+    float max_log2 = -INFINITY;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      maximum = fmaxf(maximum, shared_.warp_maximum[warp][head]);
+      max_log2 = fmaxf(max_log2, memory_.warp_max_log2[warp][head]);
     }
-    return maximum;
+    return max_log2;
   }
 
-  // Maximum and sum of a query head's weights over all warps.
-  __device__ float2 merge_warp_sums(int head) const {
-    const float maximum = maximum_of_warps(head);
+  // The softmax state of a query head over all warps.
+  __device__ SoftmaxState merge_warps(int head) const {
+    const float max_log2 = max_log2_of_warps(head);
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
-      sum += shared_.warp_sum[warp][head] * rescale(shared_.warp_maximum[warp][head], maximum);
+      sum += memory_.warp_sum[warp][head] * rescale(memory_.warp_max_log2[warp][head], max_log2);
     }
-    return make_float2(maximum, sum);
+    return {max_log2, sum};
   }
 
-  // Say that this CTA has left its part; the last one merges all.
+  // Count this CTA's arrival. The last CTA to arrive merges all partial results.
   __device__ void arrive(const Segment& segment, int first_cta, int last_cta) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      shared_.is_last = atomicAdd(&p_.workspace.arrivals[first_cta], 1) == last_cta - first_cta;
+      memory_.is_last = atomicAdd(&p_.workspace.arrivals[first_cta], 1) == last_cta - first_cta;
     }
     __syncthreads();
-    if (!shared_.is_last) return;
+    if (!memory_.is_last) return;
     __threadfence();
 
     constexpr int kLoad = 4;
     for (int i = kLoad * threadIdx.x; i < p_.group_size * kHeadSize; i += kLoad * kThreads) {
       const int head = i / kHeadSize, dim = i % kHeadSize;
-      float maximum = -INFINITY, sum = 0.0f, out[kLoad] = {};
+      SoftmaxState state = no_tokens();
+      float out[kLoad] = {};
 #pragma unroll 8
       for (int cta = first_cta; cta <= last_cta; ++cta) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + head;
-        const float2 weight =
-            load_once(reinterpret_cast<const float2*>(p_.workspace.partial_weight) + row);
+        const SoftmaxState other = load_once(p_.workspace.partial_state + row);
         const float4 values = load_once(
             reinterpret_cast<const float4*>(p_.workspace.partial_out + row * kHeadSize + dim));
-        const float new_maximum = fmaxf(maximum, weight.x);
-        const float old_factor = rescale(maximum, new_maximum);
-        const float factor = rescale(weight.x, new_maximum);
-        maximum = new_maximum;
-        sum = sum * old_factor + weight.y * factor;
+        const auto [merged, old_factor, factor] = merge(state, other);
+        state = merged;
         out[0] = out[0] * old_factor + values.x * factor;
         out[1] = out[1] * old_factor + values.y * factor;
         out[2] = out[2] * old_factor + values.z * factor;
         out[3] = out[3] * old_factor + values.w * factor;
       }
 #pragma unroll
-      for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], sum);
+      for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], state.sum);
     }
     if (threadIdx.x == 0) p_.workspace.arrivals[first_cta] = 0;
   }
@@ -347,17 +344,17 @@ class SplitDecode {
   }
 
   const SparseDecodeParams& p_;
-  SharedMemory& shared_;
+  Memory& memory_;
   unsigned char* const tiles_;
   const int stages_;
   const Schedule& schedule_;
-  const int cta_;  // its number among those that share the work
-  const int begin_, end_;
+  const int cta_;          // this CTA's number in the schedule
+  const int begin_, end_;  // this CTA's chunks
 
-  Place copied_, attended_;    // the next tiles of this warp
-  int planned_;                // chunk of the first planned tile
-  int planned_rest_ = 0;       // positions from the start of this lane's planned tile
-  int64_t planned_start_ = 0;  // of its half in the cache, in elements
+  RingPosition write_end_, read_end_;  // this warp's ring
+  int planned_;                        // chunk of the first planned tile
+  int planned_rest_ = 0;               // positions from the start of this lane's planned tile
+  int64_t planned_start_ = 0;          // the offset of this lane's half in the cache, in elements
 
   const int lane_, warp_, r_, c_;
 

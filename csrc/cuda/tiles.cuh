@@ -1,5 +1,5 @@
-// Tiles: 16 tokens' keys and values that a warp has copied to shared memory, some ahead of their
-// use.
+// Tiles: the keys and values of 16 tokens in shared memory. Each warp copies its own tiles to a
+// ring, some ahead of their use.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,24 @@ namespace quest::cuda {
 constexpr int kTileTokens = 16;
 constexpr int kHalfTokens = kTileTokens / 2;  // page sizes are multiples of it
 
-// Warps of a CTA, with a ring of tiles each: as many as leave room for a tile each and the rest
-// where a CTA has 99 KB of shared memory (sm_86, sm_89, sm_120).
+// The warps of a CTA, each of which has a ring of tiles. They and the rest of a CTA's memory fit
+// 99 KB of shared memory (sm_86, sm_89, sm_120) with one tile in each ring.
 template <int kHeadSize>
-constexpr int kRings = kHeadSize <= 128 ? 8 : 4;
+constexpr int kWarpsFor = kHeadSize <= 128 ? 8 : 4;
 
-// Memory is read by lines of so many bytes. A bulk copy whose two ends lie alike in their lines
-// moves whole lines; another moves each in two parts, which costs up to a quarter of the
-// throughput. So tiles begin at lines (NOTES.md, version 9).
+// Memory is read in lines of 128 bytes, and tiles begin at lines. A bulk copy moves whole lines
+// where source and target have the same offset in their lines. Otherwise it moves each line in two
+// parts, which costs up to a quarter of the throughput. See DESIGN.md, "Lines of 128 bytes".
 constexpr int kLineBytes = 128;
 
-// Which 16 bytes of a key, or of a half of a page's bounds, lane 4 * r + c multiplies j-th. Two
-// words of them are an operand of a matrix product, which believes them to be other columns; the
-// query's are the same.
+// The vector of 16 bytes, in a key or in half of a page's bounds, that lane 4 * r + c multiplies
+// j-th. Fragments of the matrix product hold permuted columns. The query is loaded with the same
+// permutation, so q·k is unchanged.
 __device__ constexpr int vec_of(int j, int c) { return j * 4 + c; }
 
-// Of a row, what a lane multiplies j-th and next, where both exist. Where rows lie a multiple of
-// kLineBytes apart, those of odd rows read the next one first (`is_swapped`), so that neighbouring
-// lanes read different places of a line.
+// Load a lane's j-th and next vectors of a row, where both exist. Where rows lie a multiple of
+// kLineBytes apart, lanes of odd rows read the next vector first (`is_swapped`): neighbouring lanes
+// then read different places of a line.
 template <int kVecs>
 __device__ __forceinline__ void load_two(const unsigned char* row, int j, int c, bool is_swapped,
                                          Vec (&two)[2]) {
@@ -45,22 +45,24 @@ __device__ __forceinline__ void load_two(const unsigned char* row, int j, int c,
   }
 }
 
-// Four tokens, which lie one after another in the cache, are copied at once, then the next four.
-// Those lie at the next line; or, padded, 32 bytes further on, so that lanes with different c read
-// values of four groups at once. That makes the wait for a tile's end shorter, and copies slower.
+// A tile is four groups of four tokens. The tokens of a group lie one after another in the cache,
+// and one copy moves them. A dense group begins at the line after the one before it. A padded group
+// begins 32 bytes later, so that lanes with different c read values of four groups at once: warps
+// attend to a tile sooner, but copies are slower.
 template <int kHeadSize>
 struct Tile {
-  static constexpr int kVecs = kHeadSize / 32;    // of a key that a lane multiplies
+  static constexpr int kVecs = kHeadSize / 32;    // vectors of a key that a lane multiplies
   static constexpr int kRowSize = 2 * kHeadSize;  // elements of a token: key and value
   static constexpr int kRowBytes = 2 * kRowSize;
   static constexpr int kGroupTokens = 4;
-  static constexpr int kDensePitch = kGroupTokens * kRowBytes;  // from group to group
+  static constexpr int kDensePitch = kGroupTokens * kRowBytes;  // bytes from group to group
   static constexpr int kPaddedPitch = kDensePitch + 32;
   static constexpr int kBytes = kTileTokens / kGroupTokens * kPaddedPitch;
   static_assert(kRowBytes % kLineBytes == 0 && kBytes % kLineBytes == 0);
 
-  // To the matrix unit, the tokens of group g are rows 2g, 2g + 1, 2g + 8 and 2g + 9: with them a
-  // lane with c = g multiplies values. This is the token of row r, and 2 more that of row r + 8.
+  // To the matrix unit, the tokens of group g are rows 2g, 2g + 1, 2g + 8 and 2g + 9, which a lane
+  // with c = g multiplies with values. Returns the token of row r; row r + 8 holds the second token
+  // after it.
   static __device__ constexpr int token_of_row(int r) { return r / 2 * kGroupTokens + r % 2; }
 
   static __device__ constexpr int offset(int token, int pitch) {
@@ -68,9 +70,9 @@ struct Tile {
   }
 };
 
-// A warp copies a tile in the background, its groups `pitch` bytes apart; lane l < 16 says where
-// token l lies. `is_whole`: each group's tokens lie one after another. A phase of the barrier is
-// over when they have arrived.
+// Issue the copies of a warp's tile, with groups `pitch` bytes apart. `from` is the address of
+// token l in lane l < 16. `is_whole`: the tokens of each group lie one after another. The barrier's
+// phase ends when the tile has arrived.
 template <int kHeadSize>
 __device__ __forceinline__ void copy_tile_of(unsigned char* to_shared, int pitch, const void* from,
                                              bool is_whole, Barrier& barrier) {
@@ -96,8 +98,8 @@ __device__ __forceinline__ void copy_tile_of(unsigned char* to_shared, int pitch
 #endif
 }
 
-// A place in a warp's ring, and the parity of its barrier's phase.
-struct Place {
+// A position in a warp's ring of tiles: the stage, and the parity of its barrier's phase.
+struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
 

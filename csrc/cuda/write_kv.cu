@@ -1,14 +1,17 @@
-// write_kv: store keys and values in their slots, and take the touched pages' bounds anew.
+// write_kv: store keys and values in their slots, and recompute the bounds of the touched pages.
 //
-// The slots of a page are adjacent in the slot mapping: a run. A warp has a window of slots and a
-// head: it handles the runs that end there. Each lane owns columns of 16 bytes of the cache's rows,
-// copies them, and keeps the minimum and maximum of those that are keys; then it looks at the
-// page's earlier keys, which no other warp of this launch writes.
+// A token is an index in the batch, a slot is a place in the cache, and a page is a page of the
+// cache. Tokens of one page are adjacent in the batch: a run. A warp has a window of tokens and a
+// KV head, and writes the runs that end in its window. Each lane owns columns of 16 bytes of the
+// cache's rows. It copies them, and keeps the minimum and maximum of its keys' columns. Then it
+// reads the page's earlier keys, which no other warp of this launch writes.
 //
-// The other scores' bounds (score_kind.h) need the page's keys once or twice more, from L2.
+// The bounds of the other scores (score_kind.h) read the page's keys once or twice more, from L2.
 //
-// Bytes: 4 * head_size read and written per token and KV head; for a page not begun here also the
-// keys before, and its bounds. Decode waits for memory twice: for slots, and for keys and values.
+// Bytes: 4 * head_size read and written per token and KV head. A page that was begun in an earlier
+// step adds its earlier keys. Each page adds its bounds. Decode waits for memory twice: for slots,
+// and for keys and values.
+// See DESIGN.md, "write_kv".
 #include "device.cuh"
 #include "divisor.cuh"
 #include "launch.cuh"
@@ -19,15 +22,16 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kNewInFlight = 8;  // rows of the batch that a lane loads before it stores the first
-constexpr int kStoredInFlight = 16;  // rows of the cache that it loads at once
-constexpr int kResident = 2;         // CTAs of a multiprocessor: their threads have 128 registers
-constexpr int kMaxWindow = 16;       // slots
+constexpr int kCtasPerMultiprocessor = 2;  // Each thread then has up to 128 registers.
+// A lane loads 8 rows of the batch before it stores the first, and 16 rows of the cache at once.
+constexpr int kBatchRowsInFlight = 8;
+constexpr int kCacheRowsInFlight = 16;
+constexpr int kMaxWindowTokens = 16;
 
-// How slots are dealt to warps, and what they divide by.
-struct Deal {
-  int window;      // slots of a warp
-  Divisor stride;  // windows from one to that of the CTA's next warp
+// How the tokens of a batch are dealt to warps, and the numbers that warps divide by.
+struct Partition {
+  int window_tokens;
+  Divisor window_stride;  // windows from a warp's to that of the CTA's next warp
   Divisor page_size, pages_per_block;
 };
 
@@ -71,56 +75,57 @@ struct Floats {
   }
 };
 
-// Where a slot's token is in the cache, counted over all blocks; negative for padding, and where
-// there is no such slot.
-__device__ __forceinline__ int token_of(const WriteKvParams& p, int slot) {
-  return slot >= 0 && slot < p.num_slots ? static_cast<int>(p.slot_mapping[slot]) : -1;
+// The slot of a token, counted over all blocks. Negative for padding and outside the batch.
+__device__ __forceinline__ int slot_of(const WriteKvParams& p, int token) {
+  return token >= 0 && token < p.num_slots ? static_cast<int>(p.slot_mapping[token]) : -1;
 }
 
-// Adjacent slots, one to a lane.
-struct Slots {
-  int first;  // lane 0's
-  int token;  // this lane's
+// Adjacent tokens, one to a lane.
+struct LaneTokens {
+  int first_token;  // lane 0's
+  int slot;         // this lane's
 
-  __device__ Slots(const WriteKvParams& p, int first)
-      : first(first), token(token_of(p, first + static_cast<int>(threadIdx.x) % kWarpSize)) {}
+  __device__ LaneTokens(const WriteKvParams& p, int first_token)
+      : first_token(first_token),
+        slot(slot_of(p, first_token + static_cast<int>(threadIdx.x) % kWarpSize)) {}
 };
 
 template <typename T, ScoreKind kScore>
 class RunWriter {
  public:
-  // For the run whose last slot is that of lane `end`.
-  __device__ RunWriter(const WriteKvParams& p, const Deal& deal, const Slots& slots, int end,
-                       int head)
+  // The run ends with the token of lane `last_lane`.
+  __device__ RunWriter(const WriteKvParams& p, const Partition& partition, const LaneTokens& tokens,
+                       int last_lane, int head)
       : p_(p), head_(head) {
-    const int token = __shfl_sync(kAllLanes, slots.token, end), page_size = p.cache.page_size;
-    const int page = deal.page_size.quotient(token);
-    begin_ = page * page_size;
-    last_ = token - begin_;
-    const int block = deal.pages_per_block.quotient(page);
+    const int slot = __shfl_sync(kAllLanes, tokens.slot, last_lane);
+    const int page_size = p.cache.page_size;
+    const int page = partition.page_size.quotient(slot);
+    page_slot_ = page * page_size;
+    last_offset_ = slot - page_slot_;
+    const int block = partition.pages_per_block.quotient(page);
     const int page_in_block = page - block * p.cache.pages_per_block;
     T* rows =
         static_cast<T*>(p.cache.data) + block * p.cache.block_stride + head * p.cache.head_stride;
     page_rows_ = rows + page_in_block * page_size * row_size();
     bounds_ = rows + (p.cache.block_tokens + page_in_block) * row_size();
-    find_first(slots, end);
+    find_first(tokens, last_lane);
   }
 
   __device__ void run() {
-    const bool skips_tokens = last_ - first_ + 1 != count_;
+    const bool skips_slots = last_offset_ - first_offset_ + 1 != num_tokens_;
     const int lane = threadIdx.x % kWarpSize;
     for (int column = Vec::kElements * lane; column < row_size();
          column += Vec::kElements * kWarpSize) {
       const bool is_key = column < p_.cache.head_size;
-      const New from =
-          is_key ? New{static_cast<const T*>(p_.key) + head_ * p_.key_head_stride +
-                           first_slot_ * p_.key_token_stride + column,
-                       p_.key_token_stride}
-                 : New{static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
-                           first_slot_ * p_.value_token_stride + column - p_.cache.head_size,
-                       p_.value_token_stride};
+      const Source from =
+          is_key ? Source{static_cast<const T*>(p_.key) + head_ * p_.key_head_stride +
+                              first_token_ * p_.key_token_stride + column,
+                          p_.key_token_stride}
+                 : Source{static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
+                              first_token_ * p_.value_token_stride + column - p_.cache.head_size,
+                          p_.value_token_stride};
       const Extremes<T> extremes =
-          skips_tokens ? copy_each(from, column) : copy(from, is_key, page_rows_ + column);
+          skips_slots ? copy_each(from, column) : copy(from, is_key, page_rows_ + column);
       if (kHasBounds && is_key) store_bounds(extremes, column);
     }
   }
@@ -128,53 +133,53 @@ class RunWriter {
  private:
   static constexpr bool kHasBounds = kScore != ScoreKind::kCodes;  // else write_codes comes next
 
-  // A lane's columns of the run's new keys or values.
-  struct New {
+  // A lane's columns of the run's keys or values in the batch.
+  struct Source {
     const T* first;
     int64_t token_stride;
   };
 
   __device__ int row_size() const { return 2 * p_.cache.head_size; }
 
-  // How many slots up to the last lie in its page, and where they begin.
-  __device__ void find_first(Slots slots, int end) {
-    count_ = count_in_page(slots, end);
-    first_slot_ = slots.first + end + 1 - count_;
-    first_ = __shfl_sync(kAllLanes, slots.token, end + 1 - count_) - begin_;
+  // Find the run's first token.
+  __device__ void find_first(LaneTokens tokens, int last_lane) {
+    num_tokens_ = count_in_page(tokens, last_lane);
+    first_token_ = tokens.first_token + last_lane + 1 - num_tokens_;
+    first_offset_ = __shfl_sync(kAllLanes, tokens.slot, last_lane + 1 - num_tokens_) - page_slot_;
     // The page may have more tokens than there are lanes.
-    for (int found = count_; found == end + 1;) {
-      end = kWarpSize - 1;
-      slots = Slots(p_, slots.first - kWarpSize);
-      found = count_in_page(slots, end);
+    for (int found = num_tokens_; found == last_lane + 1;) {
+      last_lane = kWarpSize - 1;
+      tokens = LaneTokens(p_, tokens.first_token - kWarpSize);
+      found = count_in_page(tokens, last_lane);
       if (found == 0) break;
-      count_ += found;
-      first_slot_ -= found;
-      first_ = __shfl_sync(kAllLanes, slots.token, end + 1 - found) - begin_;
+      num_tokens_ += found;
+      first_token_ -= found;
+      first_offset_ = __shfl_sync(kAllLanes, tokens.slot, last_lane + 1 - found) - page_slot_;
     }
   }
 
-  // Of the lanes up to `end`, how many adjacent ones have slots of the page.
-  __device__ int count_in_page(const Slots& slots, int end) const {
+  // Count the adjacent lanes, from `last_lane` down, whose slots lie in the page.
+  __device__ int count_in_page(const LaneTokens& tokens, int last_lane) const {
     const bool in_page =
-        static_cast<unsigned>(slots.token - begin_) < static_cast<unsigned>(p_.cache.page_size);
-    return __clz(~(__ballot_sync(kAllLanes, in_page) << (kWarpSize - 1 - end)));
+        static_cast<unsigned>(tokens.slot - page_slot_) < static_cast<unsigned>(p_.cache.page_size);
+    return __clz(~(__ballot_sync(kAllLanes, in_page) << (kWarpSize - 1 - last_lane)));
   }
 
-  // Copy the run, which skips no token, to the page's rows; the extremes of its columns, with those
-  // of the keys before.
-  __device__ Extremes<T> copy(const New& from, bool is_key, T* rows) const {
+  // Copy a run that skips no slot to the page's rows. Returns the extremes of its columns and of
+  // the page's earlier keys.
+  __device__ Extremes<T> copy(const Source& from, bool is_key, T* rows) const {
     Extremes<T> extremes;
-    for (int i = 0; i < count_; i += kNewInFlight) {
-      Vec added[kNewInFlight];
+    for (int i = 0; i < num_tokens_; i += kBatchRowsInFlight) {
+      Vec added[kBatchRowsInFlight];
 #pragma unroll
-      for (int k = 0; k < kNewInFlight; ++k) {
-        if (k < count_ - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
+      for (int k = 0; k < kBatchRowsInFlight; ++k) {
+        if (k < num_tokens_ - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
       }
       if (kHasBounds && i == 0 && is_key) read_stored(rows, extremes);
 #pragma unroll
-      for (int k = 0; k < kNewInFlight; ++k) {
-        if (k < count_ - i) {
-          store(rows + (first_ + i + k) * row_size(), added[k]);
+      for (int k = 0; k < kBatchRowsInFlight; ++k) {
+        if (k < num_tokens_ - i) {
+          store(rows + (first_offset_ + i + k) * row_size(), added[k]);
           extremes.add(added[k]);
         }
       }
@@ -182,28 +187,28 @@ class RunWriter {
     return extremes;
   }
 
-  // The keys before the run.
+  // Add the page's keys before the run.
   __device__ void read_stored(const T* rows, Extremes<T>& extremes) const {
-    for (int i = 0; i < first_; i += kStoredInFlight) {
-      Vec stored[kStoredInFlight];
+    for (int i = 0; i < first_offset_; i += kCacheRowsInFlight) {
+      Vec stored[kCacheRowsInFlight];
 #pragma unroll
-      for (int k = 0; k < kStoredInFlight; ++k) {
-        stored[k] = load_once(rows + min(i + k, first_ - 1) * row_size());
+      for (int k = 0; k < kCacheRowsInFlight; ++k) {
+        stored[k] = load_once(rows + min(i + k, first_offset_ - 1) * row_size());
       }
 #pragma unroll
-      for (int k = 0; k < kStoredInFlight; ++k) extremes.add(stored[k]);
+      for (int k = 0; k < kCacheRowsInFlight; ++k) extremes.add(stored[k]);
     }
   }
 
-  // Copy a run that skips tokens of its page, which is rare: one token after the other.
-  __device__ Extremes<T> copy_each(const New& from, int column) const {
-    for (int i = 0; i < count_; ++i) {
-      const int offset = token_of(p_, first_slot_ + i) - begin_;
+  // Copy a run that skips slots of its page, which is rare: one token after the other.
+  __device__ Extremes<T> copy_each(const Source& from, int column) const {
+    for (int i = 0; i < num_tokens_; ++i) {
+      const int offset = slot_of(p_, first_token_ + i) - page_slot_;
       store(page_rows_ + offset * row_size() + column,
             load_once(from.first + i * from.token_stride));
     }
     Extremes<T> extremes;
-    for (int i = 0; kHasBounds && i <= last_; ++i) {
+    for (int i = 0; kHasBounds && i <= last_offset_; ++i) {
       extremes.add(load_once(page_rows_ + i * row_size() + column));
     }
     return extremes;
@@ -219,24 +224,24 @@ class RunWriter {
 
   // Turn the extremes of a page's keys into center - spread and center + spread.
   __device__ void estimate(const T* keys, Extremes<T>& extremes) const {
-    const float share = 1.0f / static_cast<float>(last_ + 1);
+    const float inverse_count = 1.0f / static_cast<float>(last_offset_ + 1);
     Floats center{}, spread{};
     if constexpr (kScore == ScoreKind::kMeanStd) {
       for_each_key(keys, [&](int i, float key) { center.at[i] += key; });
 #pragma unroll
-      for (float& sum : center.at) sum *= share;
+      for (float& sum : center.at) sum *= inverse_count;
       for_each_key(keys, [&](int i, float key) {
         spread.at[i] += (key - center.at[i]) * (key - center.at[i]);
       });
 #pragma unroll
-      for (float& squares : spread.at) squares = sqrtf(squares * share);
+      for (float& squares : spread.at) squares = sqrtf(squares * inverse_count);
     } else {
       const Floats low = Floats::of<T>(extremes.low), high = Floats::of<T>(extremes.high);
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) center.at[i] = 0.5f * low.at[i] + 0.5f * high.at[i];
       for_each_key(keys, [&](int i, float key) { spread.at[i] += fabsf(key - center.at[i]); });
 #pragma unroll
-      for (float& sum : spread.at) sum *= share;
+      for (float& sum : spread.at) sum *= inverse_count;
     }
     Floats low, high;
 #pragma unroll
@@ -251,8 +256,8 @@ class RunWriter {
   // Call f(column, key) for the page's keys up to the last one written.
   template <typename F>
   __device__ void for_each_key(const T* keys, const F& f) const {
-    for (int token = 0; token <= last_; ++token) {
-      const Floats key = Floats::of<T>(load_once(keys + token * row_size()));
+    for (int offset = 0; offset <= last_offset_; ++offset) {
+      const Floats key = Floats::of<T>(load_once(keys + offset * row_size()));
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) f(i, key.at[i]);
     }
@@ -260,40 +265,42 @@ class RunWriter {
 
   const WriteKvParams& p_;
   const int head_;
-  int begin_;               // the page's first token in the whole cache
-  int first_, last_;        // written tokens of the page
-  int first_slot_, count_;  // of the run
-  T* page_rows_;            // the head's
-  T* bounds_;
+  int page_slot_;                   // the page's first slot
+  int first_offset_, last_offset_;  // the run's slots, counted from the page's first
+  int first_token_, num_tokens_;    // the run's tokens
+  T* page_rows_;                    // [page_size, 2 * head_size] the head's keys and values
+  T* bounds_;                       // [2 * head_size] the head's bounds of the page
 };
 
 template <typename T, ScoreKind kScore>
-__global__ void __launch_bounds__(kThreads, kResident)
-    write_kv_kernel(const __grid_constant__ WriteKvParams p, const __grid_constant__ Deal deal) {
-  // grid: [windows / kWarps, heads]
+__global__ void __launch_bounds__(kThreads, kCtasPerMultiprocessor)
+    write_kv_kernel(const __grid_constant__ WriteKvParams p,
+                    const __grid_constant__ Partition partition) {
+  // grid: [windows / kWarps, KV heads]; a warp writes the runs that end in its window.
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  // In prefill one window in several has the end of a run. Each warp begins one window further on
-  // than the one before it, so that such windows are of different CTAs.
-  const int stride = deal.stride.divisor(), turned = blockIdx.x + warp;
-  const int window = warp * stride + turned - deal.stride.quotient(turned) * stride;
+  // In prefill one window in several holds the end of a run. Each warp rotates its windows by one
+  // more than the warp before it, so that windows with ends fall to different CTAs.
+  const int stride = partition.window_stride.divisor(), rotated_cta = blockIdx.x + warp;
+  const int window =
+      warp * stride + rotated_cta - partition.window_stride.quotient(rotated_cta) * stride;
 
-  // Find the ends of runs: slots followed by another page, by padding, or by nothing. The window
-  // is the last lanes'; the other lanes have the slots before it, where runs may have begun.
-  const Slots slots(p, (window + 1) * deal.window - kWarpSize);
-  const int next = token_of(p, slots.first + lane + 1);
-  const bool is_end =
-      lane >= kWarpSize - deal.window && slots.token >= 0 &&
-      (next < 0 || deal.page_size.quotient(next) != deal.page_size.quotient(slots.token));
+  // Find the ends of runs: tokens followed by another page, by padding, or by nothing. The last
+  // lanes hold the window. The other lanes hold the tokens before it, where runs may have begun.
+  const LaneTokens tokens(p, (window + 1) * partition.window_tokens - kWarpSize);
+  const int next_slot = slot_of(p, tokens.first_token + lane + 1);
+  const bool is_end = lane >= kWarpSize - partition.window_tokens && tokens.slot >= 0 &&
+                      (next_slot < 0 || partition.page_size.quotient(next_slot) !=
+                                            partition.page_size.quotient(tokens.slot));
   unsigned ends = __ballot_sync(kAllLanes, is_end);
   wait_for_previous_kernel();
   release_next_kernel();
 
   for (; ends != 0; ends &= ends - 1) {
-    RunWriter<T, kScore>(p, deal, slots, __ffs(ends) - 1, blockIdx.y).run();
+    RunWriter<T, kScore>(p, partition, tokens, __ffs(ends) - 1, blockIdx.y).run();
   }
 }
 
-using Kernel = void (*)(WriteKvParams, Deal);
+using Kernel = void (*)(WriteKvParams, Partition);
 
 template <typename T>
 Kernel kernel_for(ScoreKind score) {
@@ -313,21 +320,23 @@ Kernel kernel_for(ScoreKind score) {
 }  // namespace
 
 cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
-  // Windows are as short as lets all CTAs run at once: in decode a slot each.
+  // Take the shortest windows with which all CTAs run at once: in decode one token each.
   const int heads = params.cache.num_kv_heads;
-  const int max_ctas = num_multiprocessors() * kResident;
-  const auto ctas_of_head = [&](int window) {
-    return div_up(div_up(params.num_slots, window), kWarps);
+  const int max_ctas = num_multiprocessors() * kCtasPerMultiprocessor;
+  const auto ctas_per_head = [&](int window_tokens) {
+    return div_up(div_up(params.num_slots, window_tokens), kWarps);
   };
-  int window = 1;
-  while (window < kMaxWindow && ctas_of_head(window) * heads > max_ctas) window *= 2;
-  const int stride = ctas_of_head(window);
-  const Deal deal = {window, Divisor(stride), Divisor(params.cache.page_size),
-                     Divisor(params.cache.pages_per_block)};
+  int window_tokens = 1;
+  while (window_tokens < kMaxWindowTokens && ctas_per_head(window_tokens) * heads > max_ctas) {
+    window_tokens *= 2;
+  }
+  const int stride = ctas_per_head(window_tokens);
+  const Partition partition = {window_tokens, Divisor(stride), Divisor(params.cache.page_size),
+                               Divisor(params.cache.pages_per_block)};
   const Kernel kernel = params.cache.dtype == DType::kBFloat16
                             ? kernel_for<__nv_bfloat16>(params.score)
                             : kernel_for<__half>(params.score);
-  return launch(kernel, dim3(stride, heads), kThreads, 0, stream, params, deal);
+  return launch(kernel, dim3(stride, heads), kThreads, 0, stream, params, partition);
 }
 
 }  // namespace quest::cuda

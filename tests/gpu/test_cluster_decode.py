@@ -2,19 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from gpu.batches import UNTOUCHED, Batch, Shape, make_batch
-from gpu.test_cuda_ops import (
-    CPU,
-    DEVICE,
-    all_shapes,
-    is_close,
-    lengths_around,
-    same_bits,
-)
-from gpu.test_cuda_ops import (
-    pytestmark as needs_a_gpu,
-)
+from batch import CPU, UNTOUCHED, Batch, Shape, make_batch
+from gpu.test_cuda_ops import DEVICE, all_shapes, is_close, lengths_around, same_bits
+from gpu.test_cuda_ops import pytestmark as needs_a_gpu
 from vllm_quest import ops, reference
 
 pytestmark = [
@@ -35,7 +27,7 @@ def decodes_alike(batch: Batch) -> bool:
     batch.scores.fill_(torch.nan)
     batch.cluster_decode()
     expected.sparse_decode(reference)
-    assert (batch.out[batch.seq_lens == 0] == 0).all()
+    assert (batch.out[batch.rows.seq_lens == 0] == 0).all()
     return is_close(batch, expected)
 
 
@@ -48,6 +40,21 @@ def test_small_batches(shape: Shape) -> None:
 def test_dense_rows(shape: Shape) -> None:
     lengths = lengths_around(shape.page_size, 4)
     assert decodes_alike(make_batch(shape, lengths, ops.UNLIMITED_PAGES, DEVICE))
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 2**40])
+@pytest.mark.parametrize("percent", [0, 25, 100])
+@pytest.mark.parametrize("page_size", [8, 16])
+@pytest.mark.parametrize("rows", [1, 6, 40])  # clusters of 16 CTAs, of some, and CTAs alone
+def test_pages_are_kept_before_others_are_chosen(
+    rows: int, page_size: int, percent: int, first: int
+) -> None:
+    lengths = [1 + 977 * row % 3000 + 100 * page_size for row in range(rows)]
+    budgets = [(1, 2, 40, 17, 100, 1000)[row % 6] for row in range(rows)]
+    batch = make_batch(Shape(num_kv_heads=4, page_size=page_size), lengths, budgets, DEVICE)
+    batch.kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    batch.query[1::3] = 0  # equal scores
+    assert decodes_alike(batch)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 33])
@@ -65,11 +72,11 @@ def test_elements_that_clusters_cannot_deal_evenly(rows: int, shape: Shape) -> N
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 32])
-@pytest.mark.parametrize("budget", [1, 2, 9, 40])
-def test_many_rows(budget: int, page_size: int) -> None:
+@pytest.mark.parametrize("budget_pages", [1, 2, 9, 40])
+def test_many_rows(budget_pages: int, page_size: int) -> None:
     """A CTA has a row and KV head to itself, and its warps copy their best pages early."""
     lengths = [1 + 211 * row % 4000 for row in range(40)]
-    batch = make_batch(Shape(num_kv_heads=4, page_size=page_size), lengths, budget, DEVICE)
+    batch = make_batch(Shape(num_kv_heads=4, page_size=page_size), lengths, budget_pages, DEVICE)
     batch.query[10:20] = 0  # of equal scores, most warps' best are not chosen
     assert decodes_alike(batch)
 
@@ -101,28 +108,35 @@ def wide_table(shape: Shape) -> int:
     return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
 
 
-def decodes_far_keys_alike(budget: int, page_size: int) -> bool:
+def decodes_far_keys_alike(budget_pages: int, page_size: int, **kept: int) -> bool:
     shape = Shape(num_kv_heads=1, page_size=page_size)
     tokens = wide_table(shape)
     lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
-    batch = make_batch(shape, lengths, budget, DEVICE, max_tokens=tokens)
+    batch = make_batch(shape, lengths, budget_pages, DEVICE, max_tokens=tokens)
+    batch.kept = kept
     batch.query[4] = 0  # equal scores
     return decodes_alike(batch)
 
 
-def test_rows_with_keys_in_device_memory() -> None:
+def test_rows_with_far_keys() -> None:
     assert decodes_far_keys_alike(40, page_size=8)
+
+
+@pytest.mark.parametrize("percent", [0, 25, 100])
+def test_rows_with_far_keys_keep_pages(percent: int) -> None:
+    kept = {"keep_first_pages": 1, "keep_newest_percent": percent}
+    assert decodes_far_keys_alike(40, page_size=8, **kept)
 
 
 @pytest.mark.large
 @pytest.mark.parametrize("page_size", [8, 16])
-@pytest.mark.parametrize("budget", [1, 2, 40, 20_000, ops.UNLIMITED_PAGES])
-def test_keys_in_device_memory_under_every_budget(budget: int, page_size: int) -> None:
-    assert decodes_far_keys_alike(budget, page_size)
+@pytest.mark.parametrize("budget_pages", [1, 2, 40, 20_000, ops.UNLIMITED_PAGES])
+def test_far_keys_under_every_budget(budget_pages: int, page_size: int) -> None:
+    assert decodes_far_keys_alike(budget_pages, page_size)
 
 
 @pytest.mark.large
-def test_many_rows_with_keys_in_device_memory() -> None:
+def test_many_rows_with_far_keys() -> None:
     shape = Shape(num_kv_heads=1, page_size=8)
     tokens = wide_table(shape)
     lengths = [1 + 211 * row % 4000 for row in range(148)] + [tokens, tokens - 1]
@@ -131,7 +145,7 @@ def test_many_rows_with_keys_in_device_memory() -> None:
 
 @pytest.mark.large
 @pytest.mark.parametrize("shape", [Shape(64, 2, 7), Shape(96, 1, 16), Shape(256, 2, 1)], ids=str)
-def test_keys_in_device_memory_of_other_shapes(shape: Shape) -> None:
+def test_far_keys_of_other_shapes(shape: Shape) -> None:
     tokens = wide_table(shape)
     assert decodes_alike(make_batch(shape, [tokens - 5, 70], 9, DEVICE, max_tokens=tokens))
 
@@ -143,18 +157,32 @@ def test_a_row_of_a_million_tokens() -> None:
     assert decodes_alike(make_batch(shape, [tokens - 3], 128, DEVICE, max_tokens=tokens))
 
 
-def test_wide_tables_need_scores() -> None:
+def test_wide_tables_need_far_keys() -> None:
     pages = ops.max_cluster_pages(4, 128, DEVICE)
     assert pages >= (1 << 18) // 16
     batch = make_batch(Shape(), [20], 4, DEVICE, max_tokens=16 * pages + 64)
-    arguments = (batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.budgets)
-    arguments += (batch.shape.page_size, batch.scale, 0.0, batch.out, batch.workspace, None)
+
+    def decode(far_keys: Tensor | None) -> None:
+        ops.cluster_decode(
+            batch.query,
+            batch.kv_cache,
+            batch.rows,
+            batch.out,
+            page_size=batch.shape.page_size,
+            scale=batch.scale,
+            workspace=batch.workspace,
+            far_keys=far_keys,
+        )
+
+    far_keys = batch.scores.view(torch.int32)
     with pytest.raises(RuntimeError, match=f"block_table may hold {pages} pages a row without"):
-        ops.cluster_decode(*arguments)
-    with pytest.raises(RuntimeError, match="scores must have room for"):
-        ops.cluster_decode(*arguments, batch.scores[..., :-1])
-    with pytest.raises(RuntimeError, match="scores's rows must begin at multiples of 16 bytes"):
-        ops.cluster_decode(*arguments, torch.zeros(1, 2, pages + 5, device=DEVICE))
+        decode(None)
+    with pytest.raises(RuntimeError, match="far_keys must be Int, got Float"):
+        decode(batch.scores)
+    with pytest.raises(RuntimeError, match="far_keys must have room for"):
+        decode(far_keys[..., :-1])
+    with pytest.raises(RuntimeError, match="far_keys's rows must begin at multiples of 16 bytes"):
+        decode(torch.zeros(1, 2, pages + 5, dtype=torch.int32, device=DEVICE))
 
 
 @pytest.mark.parametrize("pages_per_block", [2, 3, 4, 8])
@@ -169,23 +197,23 @@ def test_tables_longer_than_shared_memory_keeps() -> None:
 
 
 @pytest.mark.parametrize("pages_per_block", [1, 8])
-@pytest.mark.parametrize("budget", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
+@pytest.mark.parametrize("budget_pages", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
 @pytest.mark.parametrize("times", [1, 3])  # so many rows that each has a CTA alone
 def test_decoding_beside_the_write_reads_what_is_written(
-    times: int, budget: int, pages_per_block: int
+    times: int, budget_pages: int, pages_per_block: int
 ) -> None:
     """In a graph, as in a model: each step's new keys and values are in its result."""
     shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
     lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650] * times
-    batch = make_batch(shape, lengths, budget, DEVICE)
-    last = batch.seq_lens.long() - 1
-    rows = torch.arange(len(lengths), device=DEVICE)
-    slots = batch.block_table[rows, last // shape.block_tokens].long() * shape.block_tokens
+    batch = make_batch(shape, lengths, budget_pages, DEVICE)
+    last = batch.rows.seq_lens.long() - 1
+    row = torch.arange(len(lengths), device=DEVICE)
+    slots = batch.rows.block_table[row, last // shape.block_tokens].long() * shape.block_tokens
     slots += last % shape.block_tokens
     new = torch.randn(2, len(lengths), 4, shape.head_size, device=DEVICE).to(shape.dtype)
 
     def step() -> None:
-        ops.write_kv(new[0], new[1], batch.kv_cache, slots, shape.page_size)
+        ops.write_kv(new[0], new[1], batch.kv_cache, slots, page_size=shape.page_size)
         batch.cluster_decode(follows_write_kv=True)
 
     step()
@@ -203,14 +231,14 @@ def test_decoding_beside_the_write_reads_what_is_written(
 
 
 def test_rows_have_budgets_of_their_own() -> None:
-    budgets = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
-    assert decodes_alike(make_batch(Shape(), [1600] * 8, budgets, DEVICE))
+    budget_pages = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
+    assert decodes_alike(make_batch(Shape(), [1600] * 8, budget_pages, DEVICE))
 
 
 def test_long_dense_rows_beside_others() -> None:
-    budgets = [ops.UNLIMITED_PAGES] + [4] * 20 + [ops.UNLIMITED_PAGES] * 10
+    budget_pages = [ops.UNLIMITED_PAGES] + [4] * 20 + [ops.UNLIMITED_PAGES] * 10
     lengths = [9000] + [100] * 20 + [8192, 8193, 0, 1, 12000, 50, 60, 70, 80, 90]
-    assert decodes_alike(make_batch(Shape(), lengths, budgets, DEVICE))
+    assert decodes_alike(make_batch(Shape(), lengths, budget_pages, DEVICE))
 
 
 def test_equal_scores_go_to_lower_pages() -> None:
@@ -223,7 +251,7 @@ def test_many_equal_scores_beside_a_far_one() -> None:
     batch = make_batch(Shape(num_kv_heads=8), [20000, 9000], 77, DEVICE)
     bounds = batch.kv_cache[:, :, batch.shape.block_tokens :]
     for row in range(2):
-        blocks = batch.block_table[row, : 9000 // 16].long()
+        blocks = batch.rows.block_table[row, : 9000 // 16].long()
         bounds[blocks] = bounds[blocks[:1]]
         bounds[blocks[17]] = -1e30 if row else 1e30
     assert decodes_alike(batch)
@@ -259,7 +287,7 @@ def test_results_are_repeatable_bit_for_bit() -> None:
 def test_a_captured_graph_serves_other_lengths() -> None:
     shape = Shape(num_kv_heads=4)
     captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
-    captured.seq_lens.fill_(1)
+    captured.rows.seq_lens.fill_(1)
     captured.cluster_decode()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -267,8 +295,9 @@ def test_a_captured_graph_serves_other_lengths() -> None:
     for seed, lengths in enumerate([[5000, 3, 640, 0], [641, 8192, 0, 1], [0, 0, 0, 0]]):
         batch = make_batch(shape, lengths, 40, DEVICE, max_tokens=8192, seed=seed)
         captured.kv_cache[: len(batch.kv_cache)] = batch.kv_cache
-        for name in ("query", "block_table", "seq_lens"):
-            getattr(captured, name).copy_(getattr(batch, name))
+        captured.query.copy_(batch.query)
+        captured.rows.block_table.copy_(batch.rows.block_table)
+        captured.rows.seq_lens.copy_(batch.rows.seq_lens)
         captured.out.fill_(torch.nan)
         graph.replay()
         assert same_bits(captured.out, batch.cluster_decode())

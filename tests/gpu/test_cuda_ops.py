@@ -8,12 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.batches import UNTOUCHED, Batch, Shape, empty_cache, make_batch
+from batch import (
+    CPU,
+    UNIT_ROUNDOFF,
+    UNTOUCHED,
+    Batch,
+    Shape,
+    empty_cache,
+    make_batch,
+    rows_to_select,
+    score_error,
+)
 from vllm_quest import extension, ops, reference
-from vllm_quest.config import SCORES, Score
+from vllm_quest.config import BOUNDS, Score
 
 DEVICE = torch.device("cuda")
-CPU = torch.device("cpu")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,13 +101,13 @@ def written_alike(
 
     def write(module, qkv: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
         _, key, value = qkv.split([shape.num_heads] + 2 * [shape.num_kv_heads], dim=1)
-        module.write_kv(key, value, cache, slot_mapping, shape.page_size, score)
+        module.write_kv(key, value, cache, slot_mapping, page_size=shape.page_size, score=score)
 
     write(ops, qkv.to(DEVICE), cache, slot_mapping.to(DEVICE))
     write(reference, qkv, expected, slot_mapping)
     if score == "minmax":
         return same_bits(cache, expected)
-    limit = 2 * (roundoff(shape.dtype) + 2.0**-14) * expected.double().abs().max()
+    limit = 2 * (UNIT_ROUNDOFF[shape.dtype] + 2.0**-14) * expected.double().abs().max()
     bounds, right = (x[:, :, shape.block_tokens :].cpu().double() for x in (cache, expected))
     return same_bits(*(x[:, :, : shape.block_tokens].cpu() for x in (cache, expected))) and bool(
         ((bounds - right).abs() <= limit).all()
@@ -119,7 +128,7 @@ def test_decode_writes_one_token_per_row(shape: Shape) -> None:
     assert written_alike(shape, slots[::-1])
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", BOUNDS)
 @all_shapes
 def test_every_score_has_its_bounds(shape: Shape, score: Score) -> None:
     prefill = [shape.block_tokens * 2 + i for i in range(3, shape.block_tokens)]
@@ -163,14 +172,6 @@ def test_warps_have_any_number_of_slots(page_size: int, num_slots: int) -> None:
 # --- score --------------------------------------------------------------------------------------
 
 
-def score_tolerance(batch: Batch) -> float:
-    """Rounding of fp32 sums of 2 * head_size exact products, by the matrix unit's truncation."""
-    head_size = batch.shape.head_size
-    largest_bound = batch.kv_cache.float().nan_to_num(0.0).abs().max().item()
-    largest_query = batch.query.float().abs().sum(dim=-1).max().item()
-    return 2 * head_size * 2.0**-23 * largest_bound * largest_query
-
-
 @all_shapes
 def test_scores_match(shape: Shape) -> None:
     batch = make_batch(shape, lengths_around(shape.page_size, 4), 4, DEVICE)
@@ -178,7 +179,7 @@ def test_scores_match(shape: Shape) -> None:
     batch.score()
     expected.score(reference)
     difference = (batch.scores.cpu() - expected.scores).abs().max().item()
-    assert difference <= score_tolerance(expected)
+    assert difference <= score_error(expected)
     is_written = expected.scores != UNTOUCHED
     assert torch.equal(batch.scores.cpu() != UNTOUCHED, is_written)
 
@@ -187,27 +188,31 @@ def test_scores_bound_every_key() -> None:
     shape = Shape(num_kv_heads=1)
     batch = make_batch(shape, [999], 1, DEVICE)
     scores = batch.score().cpu()[0, 0]
-    blocks = batch.block_table.cpu()[0, :63].long()
+    blocks = batch.rows.block_table.cpu()[0, :63].long()
     keys = batch.kv_cache.cpu()[blocks, 0, :16, :128].double()
     logits = torch.einsum("hd,ptd->pth", batch.query.cpu()[0].double(), keys)
     largest = logits.nan_to_num(-torch.inf).amax(dim=(1, 2))
-    assert (scores[:63].double() >= largest - score_tolerance(batch.to(CPU))).all()
+    assert (scores[:63].double() >= largest - score_error(batch.to(CPU))).all()
 
 
 # --- select -------------------------------------------------------------------------------------
 
 
 def selected_alike(
-    scores: Tensor, num_pages: list[int], budgets: list[int], page_size: int = 16
+    scores: Tensor,
+    num_pages: list[int],
+    budget_pages: list[int],
+    page_size: int = 16,
+    **kept: int,
 ) -> bool:
-    num_rows, num_kv_heads, _ = scores.shape
-    seq_lens = torch.tensor([n * page_size - 3 if n else 0 for n in num_pages], dtype=torch.int32)
-    limits = torch.tensor(budgets, dtype=torch.int32)
-    sizes = (num_rows, num_kv_heads, max(b for b in budgets if b != ops.UNLIMITED_PAGES))
-    pages = torch.full(sizes, UNTOUCHED, dtype=torch.int32, device=DEVICE)
-    ops.select(scores.to(DEVICE), seq_lens.to(DEVICE), limits.to(DEVICE), page_size, pages)
-    expected = torch.full(sizes, UNTOUCHED, dtype=torch.int32)
-    reference.select(scores, seq_lens, limits, page_size, expected)
+    seq_lens = [n * page_size - 3 if n else 0 for n in num_pages]
+    max_selected = max(budget for budget in budget_pages if budget != ops.UNLIMITED_PAGES)
+    expected = torch.full((*scores.shape[:2], max_selected), UNTOUCHED, dtype=torch.int32)
+    pages = expected.to(DEVICE, copy=True)
+    rows = rows_to_select(seq_lens, budget_pages, DEVICE)
+    ops.select(scores.to(DEVICE), rows, pages, page_size=page_size, **kept)
+    rows = rows_to_select(seq_lens, budget_pages)
+    reference.select(scores, rows, expected, page_size=page_size, **kept)
     return torch.equal(pages.cpu(), expected)
 
 
@@ -218,8 +223,17 @@ def random_scores(*sizes: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_selection_is_exact(page_size: int) -> None:
     num_pages = [1, 2, 3, 31, 32, 33, 100, 511, 512, 513, 514, 1000, 2048, 0, 1025]
-    budgets = [1, 1, 2, 4, 32, 32, 99, 128, 511, 512, 513, 128, ops.UNLIMITED_PAGES, 7, 512]
-    assert selected_alike(random_scores(15, 3, 2048), num_pages, budgets, page_size)
+    budget_pages = [1, 1, 2, 4, 32, 32, 99, 128, 511, 512, 513, 128, ops.UNLIMITED_PAGES, 7, 512]
+    assert selected_alike(random_scores(15, 3, 2048), num_pages, budget_pages, page_size)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 2**40])
+@pytest.mark.parametrize("percent", [0, 25, 100])
+def test_pages_are_kept_before_others_are_chosen(first: int, percent: int) -> None:
+    num_pages = [2, 3, 33, 100, 512, 513, 1000, 2048, 0, 1025]
+    budget_pages = [1, 2, 32, 9, 128, 511, 3, 1024, 7, 700]
+    kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    assert selected_alike(random_scores(10, 3, 2048).round(), num_pages, budget_pages, **kept)
 
 
 def test_equal_scores_go_to_lower_pages() -> None:
@@ -262,11 +276,6 @@ def test_many_scores_beside_a_far_one() -> None:
 # --- sparse_decode ------------------------------------------------------------------------------
 
 
-def roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding to a number of 8 (bf16) or 11 (fp16) digits."""
-    return 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-
-
 def is_close(batch: Batch, expected: Batch) -> bool:
     """Whether outputs differ by no more than roundings of weights and outputs allow.
 
@@ -281,7 +290,7 @@ def is_close(batch: Batch, expected: Batch) -> bool:
     magnitudes.sparse_decode(reference)
     out, right = batch.out.cpu().double(), expected.out.double()
     of_weights, of_outputs = magnitudes.out.double(), 2 * right.abs()
-    limit = 1.25 * roundoff(expected.shape.dtype) * (of_weights + of_outputs)
+    limit = 1.25 * UNIT_ROUNDOFF[expected.shape.dtype] * (of_weights + of_outputs)
     return bool(((out - right).abs() <= limit).all())
 
 
@@ -290,7 +299,7 @@ def attends_alike(batch: Batch) -> bool:
     batch.run()
     expected = batch.to(CPU)
     expected.sparse_decode(reference)
-    assert (batch.out[batch.seq_lens == 0] == 0).all()
+    assert (batch.out[batch.rows.seq_lens == 0] == 0).all()
     return is_close(batch, expected)
 
 
@@ -306,8 +315,8 @@ def test_dense_rows_match(shape: Shape) -> None:
 
 
 def test_rows_have_budgets_of_their_own() -> None:
-    budgets = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
-    assert attends_alike(make_batch(Shape(), [1600] * 8, budgets, DEVICE))
+    budget_pages = [1, 2, 16, 64, 100, 101, 128, ops.UNLIMITED_PAGES]
+    assert attends_alike(make_batch(Shape(), [1600] * 8, budget_pages, DEVICE))
 
 
 def test_soft_cap() -> None:
@@ -332,8 +341,8 @@ def test_strided_query_and_output() -> None:
 
 @pytest.mark.large
 def test_one_long_dense_row_beside_short_ones() -> None:
-    budgets = [ops.UNLIMITED_PAGES] + [4] * 30
-    assert attends_alike(make_batch(Shape(), [9000] + [100] * 30, budgets, DEVICE))
+    budget_pages = [ops.UNLIMITED_PAGES] + [4] * 30
+    assert attends_alike(make_batch(Shape(), [9000] + [100] * 30, budget_pages, DEVICE))
 
 
 @pytest.mark.large
@@ -352,7 +361,9 @@ def test_covering_budget_equals_dense_bit_for_bit() -> None:
     lengths = [1, 100, 1024, 777]
     covered = make_batch(Shape(), lengths, 64, DEVICE)
     dense = make_batch(Shape(), lengths, ops.UNLIMITED_PAGES, DEVICE)
-    assert same_bits(covered.run(), dense.run())
+    # Room for the whole budget, as beside a longer row.
+    covered.pages = covered.pages.expand(-1, -1, 64).contiguous()
+    assert same_bits(covered.run().out, dense.run().out)
 
 
 @pytest.mark.large
@@ -367,8 +378,8 @@ def test_long_contexts_attend_alike(page_size: int) -> None:
 def test_many_pairs_attend_alike() -> None:
     shape = Shape(num_kv_heads=8, group_size=1)
     lengths = [1 + 53 * row % 2000 for row in range(40)]
-    budgets = [1 + 7 * row % 90 for row in range(40)]
-    assert attends_alike(make_batch(shape, lengths, budgets, DEVICE))
+    budget_pages = [1 + 7 * row % 90 for row in range(40)]
+    assert attends_alike(make_batch(shape, lengths, budget_pages, DEVICE))
 
 
 # --- all stages ---------------------------------------------------------------------------------
@@ -377,17 +388,17 @@ def test_many_pairs_attend_alike() -> None:
 @pytest.mark.large
 def test_results_are_repeatable_bit_for_bit() -> None:
     batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
-    first = batch.run().clone()
+    first = batch.run().out.clone()
     for _ in range(20):
         batch.out.fill_(torch.nan)
-        assert same_bits(batch.run(), first)
+        assert same_bits(batch.run().out, first)
 
 
 @pytest.mark.large
 def test_a_captured_graph_serves_other_lengths() -> None:
     shape = Shape(num_kv_heads=4)
     captured = make_batch(shape, [8192] * 4, 40, DEVICE, max_tokens=8192)
-    captured.seq_lens.fill_(1)
+    captured.rows.seq_lens.fill_(1)
     captured.run()  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -395,17 +406,17 @@ def test_a_captured_graph_serves_other_lengths() -> None:
     for seed, lengths in enumerate([[5000, 3, 640, 0], [641, 8192, 0, 1], [0, 0, 0, 0]]):
         batch = make_batch(shape, lengths, 40, DEVICE, max_tokens=8192, seed=seed)
         captured.query.copy_(batch.query)
-        captured.block_table.copy_(batch.block_table)
-        captured.seq_lens.copy_(batch.seq_lens)
+        captured.rows.block_table.copy_(batch.rows.block_table)
+        captured.rows.seq_lens.copy_(batch.rows.seq_lens)
         captured.kv_cache[: len(batch.kv_cache)].copy_(batch.kv_cache)
         graph.replay()
-        assert same_bits(captured.out, batch.run())
+        assert same_bits(captured.out, batch.run().out)
 
 
 def test_small_pipeline() -> None:
     """Each operator once or twice, with little data: the shortest run for a sanitizer."""
     shape = Shape(num_kv_heads=2)
-    for score in SCORES:
+    for score in BOUNDS:
         assert written_alike(shape, [3, 4, 5, 40, -1], score=score)
     assert attends_alike(make_batch(shape, [700, 5, 0], 4, DEVICE))
     assert attends_alike(make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE))

@@ -66,7 +66,8 @@ class Sample:
         """The share of tokens that are right, one by one; None: no tokens are the right ones.
 
         Of scored tokens, those that the model held for the most probable; of a code, the numbers
-        that the answer's text has in their places. A number is one token to the models of `training/`.
+        that the answer's text has in their places. To the models of `training/` a number is one
+        token.
         """
         if self.scored:
             return fmean(answer.question_hits[i] for i in self.scored)
@@ -75,6 +76,10 @@ class Sample:
             hits = map(operator.eq, numbers, self.code)
             return sum(hits) / len(self.code)
         return None
+
+    def most_probable(self, answer: Answer) -> list[int]:
+        """The most probable token in each scored token's place."""
+        return [answer.question_most_probable[i] for i in self.scored]
 
 
 class Task(Protocol):

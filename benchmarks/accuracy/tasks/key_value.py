@@ -15,7 +15,8 @@ ENGLISH_QUESTION = "\n\nWhat is the code of {key}? The code of {key} is"
 ENGLISH_QUESTION_TOKENS = 64
 """Room for the question."""
 
-ENGLISH_ANSWER_TOKENS = 4 * CODE_WORDS
+ENGLISH_ANSWER_TOKENS = 48
+"""A code takes 15 tokens where every digit is one; some models name the key once more before it."""
 
 
 class KeyValue:

@@ -1,6 +1,7 @@
 """Documents and grades for lm-eval's `quest_passkey` and `quest_many_facts`.
 
-lm-eval calls the functions that the task files name, with the values of `--metadata`.
+lm-eval calls the functions that the task files name, with the values of `--metadata`. A document's
+cue begins the answer: with a chat template in the assistant's turn, without one after the question.
 """
 
 import re
@@ -8,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from vllm_quest.pass_keys import CODE_WORDS, make_haystack
+from vllm_quest.pass_keys import CODE_WORDS, STATEMENT, Fact, Haystack, make_haystack
 
 WORDS_PER_FACT = 128
 
@@ -16,9 +17,7 @@ WORDS_PER_FACT = 128
 def passkey(words: int = 2048, samples: int = 20, **_: Any) -> dict[str, datasets.Dataset]:
     """One fact in each text of so many words."""
     haystacks = [make_haystack(words, 1, seed=seed) for seed in range(samples)]
-    return _documents(
-        [(haystack.prompt(fact), fact.code) for haystack in haystacks for fact in haystack.facts]
-    )
+    return _documents([(haystack, fact) for haystack in haystacks for fact in haystack.facts])
 
 
 def many_facts(words: int = 2048, samples: int = 20, **_: Any) -> dict[str, datasets.Dataset]:
@@ -26,7 +25,7 @@ def many_facts(words: int = 2048, samples: int = 20, **_: Any) -> dict[str, data
     num_facts = max(samples, words // WORDS_PER_FACT)
     haystack = make_haystack(words, num_facts, seed=0)
     asked = haystack.facts[:: num_facts // samples][:samples]
-    return _documents([(haystack.prompt(fact), fact.code) for fact in asked])
+    return _documents([(haystack, fact) for fact in asked])
 
 
 def grade(document: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -35,6 +34,13 @@ def grade(document: dict[str, Any], results: list[str]) -> dict[str, float]:
     return {"right": float(numbers == document["code"].split())}
 
 
-def _documents(questions: list[tuple[str, str]]) -> dict[str, datasets.Dataset]:
-    rows = [{"question": question, "code": code} for question, code in questions]
+def _documents(asked: list[tuple[Haystack, Fact]]) -> dict[str, datasets.Dataset]:
+    rows = [
+        {
+            "question": haystack.prompt(fact),
+            "cue": STATEMENT.format(key=fact.key),
+            "code": fact.code,
+        }
+        for haystack, fact in asked
+    ]
     return {"test": datasets.Dataset.from_list(rows)}

@@ -1,0 +1,3 @@
+from benchmarks.choosing.cli import main
+
+main()

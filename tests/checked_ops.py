@@ -1,0 +1,167 @@
+"""Operators that check themselves against the reference, on the real cache of a running engine."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from vllm_quest import ops, reference
+
+FP32_ROUNDOFF = 2.0**-24
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32_ROUNDOFF}
+
+REAL = {
+    name: getattr(ops, name)
+    for name in ("write_kv", "score", "select", "sparse_decode", "cluster_decode")
+}
+
+
+@dataclass
+class Checked:
+    """How many calls agreed, those of `write_kv` apart."""
+
+    writes: int = 0
+    decodes: int = 0
+    """Of `sparse_decode` and `cluster_decode`, with rows over their budget."""
+
+
+@contextlib.contextmanager
+def check_operators() -> Iterator[Checked]:
+    """Let every call of an operator fail that disagrees with the reference.
+
+    CUDA graphs would not see it.
+    """
+    checked = Checked()
+
+    def write_kv(key, value, kv_cache, slots, *, page_size, score):
+        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        slots_on_host = slots.cpu()[: len(key)]
+        written = slots_on_host[slots_on_host >= 0]
+        blocks, place = torch.unique(written // block_tokens, return_inverse=True)
+        expected = kv_cache[blocks.to(kv_cache.device)].cpu()
+        REAL["write_kv"](key, value, kv_cache, slots, page_size=page_size, score=score)
+        reference.write_kv(
+            key.cpu()[: len(slots_on_host)][slots_on_host >= 0],
+            value.cpu()[: len(slots_on_host)][slots_on_host >= 0],
+            expected,
+            place * block_tokens + written % block_tokens,
+            page_size=page_size,
+            score=score,
+        )
+        assert torch.equal(kv_cache[blocks.to(kv_cache.device)].cpu(), expected)
+        checked.writes += 1
+
+    def score(query, kv_cache, rows, scores, *, page_size):
+        REAL["score"](query, kv_cache, rows, scores, page_size=page_size)
+        small = Small.of(query, kv_cache, rows, page_size)
+        expected = scores.cpu()
+        reference.score(small.query, small.kv_cache, small.rows, expected, page_size=page_size)
+        for row in small.over_budget():
+            pages = reference.num_pages(int(small.rows.seq_lens[row]), page_size)
+            difference = (scores[row, :, :pages].cpu() - expected[row, :, :pages]).abs().max()
+            assert difference <= small.score_error()
+
+    def select(scores, rows, pages, *, page_size):
+        before = pages.cpu()
+        REAL["select"](scores, rows, pages, page_size=page_size)
+        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size)
+        assert torch.equal(pages.cpu(), before)
+
+    def sparse_decode(query, kv_cache, rows, pages, out, **options):
+        REAL["sparse_decode"](query, kv_cache, rows, pages, out, **options)
+        check_output(query, kv_cache, rows, pages, out, **options)
+
+    def cluster_decode(query, kv_cache, rows, out, *, page_size, **options):
+        REAL["cluster_decode"](query, kv_cache, rows, out, page_size=page_size, **options)
+        num_rows, num_kv_heads = len(rows), kv_cache.shape[1]
+        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        max_pages = rows.block_table.shape[1] * block_tokens // page_size
+        scores = torch.empty(num_rows, num_kv_heads, max_pages, device=query.device)
+        pages = torch.zeros_like(scores, dtype=torch.int32)
+        score(query, kv_cache, rows, scores, page_size=page_size)
+        select(scores, rows, pages, page_size=page_size)
+        check_output(query, kv_cache, rows, pages, out, page_size=page_size, **options)
+
+    def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, soft_cap=0.0, **_):
+        small = Small.of(query, kv_cache, rows, page_size)
+        exact = torch.empty(query.shape, dtype=torch.float64)
+        reference.sparse_decode(
+            small.query,
+            small.kv_cache,
+            small.rows,
+            pages.cpu(),
+            exact,
+            page_size=page_size,
+            scale=scale,
+            soft_cap=soft_cap,
+        )
+        error = (out.cpu().double() - exact).abs()
+        assert (error <= small.output_error(exact, scale, soft_cap)).all()
+        checked.decodes += bool(small.over_budget())
+
+    checks = (write_kv, score, select, sparse_decode, cluster_decode)
+    with mock.patch.multiple(ops, **{check.__name__: check for check in checks}):
+        yield checked
+
+
+def on_host(rows: ops.Rows) -> ops.Rows:
+    return ops.Rows(rows.block_table.cpu(), rows.seq_lens.cpu(), rows.budget_pages.cpu())
+
+
+@dataclass(frozen=True)
+class Small:
+    """Decode rows on the host, with the blocks of the cache that they read and no others."""
+
+    query: Tensor
+    kv_cache: Tensor
+    rows: ops.Rows
+    page_size: int
+
+    @classmethod
+    def of(cls, query: Tensor, kv_cache: Tensor, rows: ops.Rows, page_size: int) -> "Small":
+        rows = on_host(rows)
+        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        table = torch.zeros_like(rows.block_table)
+        blocks: list[Tensor] = []
+        for row, seq_len in enumerate(rows.seq_lens.tolist()):
+            num_blocks = -(-seq_len // block_tokens)
+            first = sum(map(len, blocks))
+            table[row, :num_blocks] = torch.arange(first, first + num_blocks)
+            blocks.append(rows.block_table[row, :num_blocks].long())
+        cache = kv_cache[torch.cat(blocks).to(kv_cache.device)].cpu()
+        rows = ops.Rows(table, rows.seq_lens, rows.budget_pages)
+        return cls(query.cpu(), cache, rows, page_size)
+
+    def over_budget(self) -> list[int]:
+        pages = -(-self.rows.seq_lens // self.page_size)
+        return (pages > self.rows.budget_pages).nonzero().flatten().tolist()
+
+    def score_error(self) -> float:
+        """How far a score summed in fp32 may be from the exact one.
+
+        Each of 2 * head_size products is rounded, and then takes part in as many sums.
+        """
+        return 4 * self.query.shape[-1] * FP32_ROUNDOFF * self._largest_product()
+
+    def output_error(self, exact: Tensor, scale: float, soft_cap: float) -> Tensor:
+        """How far attention computed in fp32 and rounded to the output's dtype may be from `exact`.
+
+        A logit is off by at most δ: head_size roundings of its sum, a few of its own size. A weight
+        is then off by 2δ relative to the total weight, plus 2 roundings per token summed, plus 8
+        for exponential, rescaling and merging.
+        """
+        product = self._largest_product() * scale
+        logit_error = (self.query.shape[-1] + 8) * FP32_ROUNDOFF * (product + soft_cap)
+        tokens = int(self.rows.seq_lens.max())
+        weight_error = 2 * logit_error + (2 * tokens + 8) * FP32_ROUNDOFF
+        rounding = UNIT_ROUNDOFF[self.query.dtype] * exact.abs()
+        return rounding + weight_error * self._largest()
+
+    def _largest(self) -> float:
+        return float(self.kv_cache.double().nan_to_num(0.0).abs().max())
+
+    def _largest_product(self) -> float:
+        return float(self.query.double().abs().sum(-1).amax()) * self._largest()
