@@ -64,10 +64,10 @@ def check_operators() -> Iterator[Checked]:
             difference = (scores[row, :, :pages].cpu() - expected[row, :, :pages]).abs().max()
             assert difference <= small.score_error()
 
-    def select(scores, rows, pages, *, page_size):
+    def select(scores, rows, pages, *, page_size, **kept):
         before = pages.cpu()
-        REAL["select"](scores, rows, pages, page_size=page_size)
-        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size)
+        REAL["select"](scores, rows, pages, page_size=page_size, **kept)
+        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size, **kept)
         assert torch.equal(pages.cpu(), before)
 
     def sparse_decode(query, kv_cache, rows, pages, out, **options):
@@ -82,7 +82,8 @@ def check_operators() -> Iterator[Checked]:
         scores = torch.empty(num_rows, num_kv_heads, max_pages, device=query.device)
         pages = torch.zeros_like(scores, dtype=torch.int32)
         score(query, kv_cache, rows, scores, page_size=page_size)
-        select(scores, rows, pages, page_size=page_size)
+        kept = {name: value for name, value in options.items() if name.startswith("keep_")}
+        select(scores, rows, pages, page_size=page_size, **kept)
         check_output(query, kv_cache, rows, pages, out, page_size=page_size, **options)
 
     def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, soft_cap=0.0, **_):
