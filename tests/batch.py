@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -277,7 +277,17 @@ def rows_to_select(
     return ops.Rows(*(tensor.to(device, torch.int32) for tensor in tensors))
 
 
-def score_error(batch: Batch) -> float:
+class Attended(Protocol):
+    """What says how exact an operator can be: a `Batch`, or rows of a running engine."""
+
+    query: Tensor
+    kv_cache: Tensor
+    rows: ops.Rows
+    scale: float
+    soft_cap: float
+
+
+def score_error(batch: Attended) -> float:
     """How far a score summed in fp32 may be from the exact one.
 
     Each of 2 * head_size products is rounded and then takes part in as many sums:
@@ -285,7 +295,7 @@ def score_error(batch: Batch) -> float:
     bits are exact in fp32; the GPU's matrix unit truncates their sums, at 2u each.
     """
     magnitude = batch.query.double().abs().sum(-1).amax() * largest(batch.kv_cache)
-    return 4 * batch.shape.head_size * FP32_ROUNDOFF * float(magnitude)
+    return 4 * batch.query.shape[-1] * FP32_ROUNDOFF * float(magnitude)
 
 
 def bounds_error(kv_cache: Tensor, page_size: int) -> float:
@@ -299,14 +309,14 @@ def bounds_error(kv_cache: Tensor, page_size: int) -> float:
     return 2 * (2 * largest(kv_cache) * u + smallest_step)
 
 
-def decode_error(batch: Batch, exact: Tensor) -> Tensor:
+def decode_error(batch: Attended, exact: Tensor) -> Tensor:
     """How far attention computed in fp32 and rounded to the output's dtype may be from `exact`.
 
     A logit is off by at most δ: head_size roundings of its sum, a few of its own size (scale, log2,
     soft cap). A weight is then off by 2δ relative to the total weight (its own and the maximum's),
     plus 2 roundings per token summed, plus 8 for exponential, rescaling and merging.
     """
-    head_size, dtype = batch.shape.head_size, batch.shape.dtype
+    head_size, dtype = batch.query.shape[-1], batch.query.dtype
     largest_value = largest(batch.kv_cache)
     product = float(batch.query.double().abs().sum(-1).amax()) * largest_value * batch.scale
     logit_error = (head_size + 8) * FP32_ROUNDOFF * (product + batch.soft_cap)

@@ -8,10 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from batch import decode_error, score_error
 from vllm_quest import ops, reference
-
-FP32_ROUNDOFF = 2.0**-24
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: FP32_ROUNDOFF}
 
 REAL = {
     name: getattr(ops, name)
@@ -62,12 +60,12 @@ def check_operators() -> Iterator[Checked]:
         for row in small.over_budget():
             pages = reference.num_pages(int(small.rows.seq_lens[row]), page_size)
             difference = (scores[row, :, :pages].cpu() - expected[row, :, :pages]).abs().max()
-            assert difference <= small.score_error()
+            assert difference <= score_error(small)
 
-    def select(scores, rows, pages, *, page_size):
+    def select(scores, rows, pages, *, page_size, **kept):
         before = pages.cpu()
-        REAL["select"](scores, rows, pages, page_size=page_size)
-        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size)
+        REAL["select"](scores, rows, pages, page_size=page_size, **kept)
+        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size, **kept)
         assert torch.equal(pages.cpu(), before)
 
     def sparse_decode(query, kv_cache, rows, pages, out, **options):
@@ -82,11 +80,12 @@ def check_operators() -> Iterator[Checked]:
         scores = torch.empty(num_rows, num_kv_heads, max_pages, device=query.device)
         pages = torch.zeros_like(scores, dtype=torch.int32)
         score(query, kv_cache, rows, scores, page_size=page_size)
-        select(scores, rows, pages, page_size=page_size)
+        kept = {name: value for name, value in options.items() if name.startswith("keep_")}
+        select(scores, rows, pages, page_size=page_size, **kept)
         check_output(query, kv_cache, rows, pages, out, page_size=page_size, **options)
 
     def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, soft_cap=0.0, **_):
-        small = Small.of(query, kv_cache, rows, page_size)
+        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap)
         exact = torch.empty(query.shape, dtype=torch.float64)
         reference.sparse_decode(
             small.query,
@@ -99,7 +98,7 @@ def check_operators() -> Iterator[Checked]:
             soft_cap=soft_cap,
         )
         error = (out.cpu().double() - exact).abs()
-        assert (error <= small.output_error(exact, scale, soft_cap)).all()
+        assert (error <= decode_error(small, exact)).all()
         checked.decodes += bool(small.over_budget())
 
     checks = (write_kv, score, select, sparse_decode, cluster_decode)
@@ -119,9 +118,19 @@ class Small:
     kv_cache: Tensor
     rows: ops.Rows
     page_size: int
+    scale: float
+    soft_cap: float
 
     @classmethod
-    def of(cls, query: Tensor, kv_cache: Tensor, rows: ops.Rows, page_size: int) -> "Small":
+    def of(
+        cls,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        page_size: int,
+        scale: float = 1.0,
+        soft_cap: float = 0.0,
+    ) -> "Small":
         rows = on_host(rows)
         block_tokens = reference.tokens_per_block(kv_cache, page_size)
         table = torch.zeros_like(rows.block_table)
@@ -133,35 +142,8 @@ class Small:
             blocks.append(rows.block_table[row, :num_blocks].long())
         cache = kv_cache[torch.cat(blocks).to(kv_cache.device)].cpu()
         rows = ops.Rows(table, rows.seq_lens, rows.budget_pages)
-        return cls(query.cpu(), cache, rows, page_size)
+        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap)
 
     def over_budget(self) -> list[int]:
         pages = -(-self.rows.seq_lens // self.page_size)
         return (pages > self.rows.budget_pages).nonzero().flatten().tolist()
-
-    def score_error(self) -> float:
-        """How far a score summed in fp32 may be from the exact one.
-
-        Each of 2 * head_size products is rounded, and then takes part in as many sums.
-        """
-        return 4 * self.query.shape[-1] * FP32_ROUNDOFF * self._largest_product()
-
-    def output_error(self, exact: Tensor, scale: float, soft_cap: float) -> Tensor:
-        """How far attention computed in fp32 and rounded to the output's dtype may be from `exact`.
-
-        A logit is off by at most δ: head_size roundings of its sum, a few of its own size. A weight
-        is then off by 2δ relative to the total weight, plus 2 roundings per token summed, plus 8
-        for exponential, rescaling and merging.
-        """
-        product = self._largest_product() * scale
-        logit_error = (self.query.shape[-1] + 8) * FP32_ROUNDOFF * (product + soft_cap)
-        tokens = int(self.rows.seq_lens.max())
-        weight_error = 2 * logit_error + (2 * tokens + 8) * FP32_ROUNDOFF
-        rounding = UNIT_ROUNDOFF[self.query.dtype] * exact.abs()
-        return rounding + weight_error * self._largest()
-
-    def _largest(self) -> float:
-        return float(self.kv_cache.double().nan_to_num(0.0).abs().max())
-
-    def _largest_product(self) -> float:
-        return float(self.query.double().abs().sum(-1).amax()) * self._largest()

@@ -11,7 +11,7 @@ CONTEXT_TOKENS = 16384
 NUM_QUESTIONS = 16
 
 
-def recent_pages(scores, rows, pages, *, page_size):
+def recent_pages(scores, rows, pages, *, page_size, **kept):
     """Stand-in for `ops.select`: as many pages, but the newest, whatever they score."""
     limits = zip(rows.seq_lens.tolist(), rows.budget_pages.tolist(), strict=True)
     for row, (seq_len, budget) in enumerate(limits):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from vllm_quest import __version__
 
-OLDEST_GPU_ARCH = 80
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -70,7 +68,7 @@ def _device() -> list[Finding]:
             f"GPU {gpu}",
             f"{torch.cuda.get_device_name(gpu)}, sm_{extension.arch_of(gpu)}",
             None
-            if extension.arch_of(gpu) >= OLDEST_GPU_ARCH
+            if extension.arch_of(gpu) >= extension.OLDEST_ARCH
             else "QUEST needs compute capability 8.0: hide this GPU with CUDA_VISIBLE_DEVICES",
         )
         for gpu in range(torch.cuda.device_count())
@@ -94,7 +92,7 @@ def _operators() -> list[Finding]:
     if not current_platform.is_cuda():
         return [*findings, Finding("operators for cuda", _cuda_operators_without_gpu())]
     for gpu in range(current_platform.device_count()):
-        if extension.arch_of(gpu) < OLDEST_GPU_ARCH:
+        if extension.arch_of(gpu) < extension.OLDEST_ARCH:
             continue
         missing = extension.why_missing("cuda", gpu)
         if not extension.library("cuda").exists():

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+OLDEST_ARCH = 80
+"""GPUs of compute capability 8.0 and later can run the operators; `setup.py` says so too."""
+
 LIBRARIES = {"cpu": "_C.abi3.so", "cuda": "_C_cuda.abi3.so"}
 BUILD = "pip install --no-build-isolation -e . (in the repository of vllm-quest)"
 

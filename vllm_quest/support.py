@@ -101,7 +101,7 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
     if device == "cuda":
         from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
 
-        if not current_platform.has_device_capability(80):
+        if not current_platform.has_device_capability(extension.OLDEST_ARCH):
             yield f"the GPU is older than compute capability 8.0; {OTHER_BACKEND}"
         if not is_flash_attn_varlen_func_available():
             yield "this vLLM has no FlashAttention, which QUEST needs for prefill; reinstall vLLM"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_quest import reference
 from vllm_quest.config import Score
+from vllm_quest.ops import Rows
 
 PAGE_SIZE = 16
 MAX_CHUNK_ELEMENTS = 2**24
@@ -261,7 +262,7 @@ class QuestCache:
         self._tables = torch.cat((shared_pages, own_pages), dim=1).int()
         self._lengths = torch.zeros(num_rows, dtype=torch.int32)
         num_pages = reference.num_pages(token_budget, PAGE_SIZE)
-        self._budgets = torch.full((num_rows,), num_pages, dtype=torch.int32)
+        self._budget_pages = torch.full((num_rows,), num_pages, dtype=torch.int32)
         self._scores = torch.empty(num_rows, num_kv_heads, shared + own)
         self._pages = torch.empty(num_rows, num_kv_heads, num_pages, dtype=torch.int32)
 
@@ -276,18 +277,20 @@ class QuestCache:
         for row, length in enumerate(self._lengths.tolist()):
             self._write(row, key[row : row + 1], value[row : row + 1], length)
         self._lengths += 1
-        rows = (self._tables, self._lengths, self._budgets)
-        reference.score(query, self._cache, *rows, PAGE_SIZE, self._scores)
-        reference.select(self._scores, self._lengths, self._budgets, PAGE_SIZE, self._pages)
+        rows = Rows(self._tables, self._lengths, self._budget_pages)
+        reference.score(query, self._cache, rows, self._scores, page_size=PAGE_SIZE)
+        reference.select(self._scores, rows, self._pages, page_size=PAGE_SIZE)
         out = torch.empty_like(query)
-        reference.sparse_decode(query, self._cache, *rows, self._pages, PAGE_SIZE, scale, 0.0, out)
+        reference.sparse_decode(
+            query, self._cache, rows, self._pages, out, page_size=PAGE_SIZE, scale=scale
+        )
         return out
 
     def _write(self, row: int, key: Tensor, value: Tensor, position: int) -> None:
         positions = torch.arange(position, position + len(key))
         pages = self._tables[row, positions // PAGE_SIZE].long()
         slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        reference.write_kv(key, value, self._cache, slots, PAGE_SIZE, self._score)
+        reference.write_kv(key, value, self._cache, slots, page_size=PAGE_SIZE, score=self._score)
 
 
 Cache = FullCache | EvictingCache | QuestCache
