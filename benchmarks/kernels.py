@@ -155,6 +155,7 @@ class DecodeStep:
         self.key = torch.randn(*rows_heads, case.head_size, device=DEVICE).to(case.dtype)
         self.out = torch.empty_like(self.query)
         self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
+        self.masses = torch.empty(case.rows, case.heads, case.table_pages, device=DEVICE)
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         group_size = case.heads // case.kv_heads
         self.uses_clusters = (
@@ -177,8 +178,15 @@ class DecodeStep:
         kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
         if self.case.score == "codes":
             scale = self.case.head_size**-0.5
+            rows = self.rows[i]
             ops.score_codes(
-                self.query, kv_cache, self.rows[i], self.scores, page_size=page_size, scale=scale
+                self.query,
+                kv_cache,
+                rows,
+                self.masses,
+                self.scores,
+                page_size=page_size,
+                scale=scale,
             )
         else:
             ops.score(self.query, kv_cache, self.rows[i], self.scores, page_size=page_size)

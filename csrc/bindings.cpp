@@ -53,7 +53,7 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
            const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
            const Tensor& scores) {
   const Sizes sizes = check_score("score", Device::kCpu, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, ScoreKind::kMinMax, scores);
+                                  budget_pages, page_size, ScoreKind::kMinMax, nullptr, scores);
   check_rows("score", seq_lens, budget_pages, sizes, false);
   kernels().score({.cache = cache_of(kv_cache, sizes),
                    .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
@@ -68,17 +68,20 @@ void score(const Tensor& query, const Tensor& kv_cache, const Tensor& block_tabl
 
 void score_codes(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                  const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
-                 double scale, double soft_cap, const Tensor& scores) {
+                 double scale, double soft_cap, const Tensor& masses, const Tensor& scores) {
   const char* op = "score_codes";
   const Sizes sizes = check_score(op, Device::kCpu, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, ScoreKind::kCodes, scores);
+                                  budget_pages, page_size, ScoreKind::kCodes, &masses, scores);
   check_rows(op, seq_lens, budget_pages, sizes, false);
   kernels().score_codes({.cache = cache_of(kv_cache, sizes),
                          .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
                          .query = query.data_ptr(),
+                         .masses = static_cast<float*>(masses.data_ptr()),
                          .scores = static_cast<float*>(scores.data_ptr()),
                          .query_row_stride = query.stride(0),
                          .query_head_stride = query.stride(1),
+                         .masses_row_stride = masses.stride(0),
+                         .masses_head_stride = masses.stride(1),
                          .scores_row_stride = scores.stride(0),
                          .scores_head_stride = scores.stride(1),
                          .group_size = sizes.group_size(),
@@ -171,7 +174,8 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "int page_size, Tensor(a!) scores) -> ()");
   library.def(
       "score_codes(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
-      "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) scores) -> ()");
+      "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) masses, Tensor(b!) "
+      "scores) -> ()");
   library.def(
       "select(Tensor scores, Tensor seq_lens, Tensor budget_pages, int page_size, "
       "Tensor(a!) pages, int keep_first_pages=0, int keep_newest_percent=0) -> ()");

@@ -214,21 +214,22 @@ inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& valu
 
 // A tensor with room for a number for every page of all rows' tables.
 inline void check_room_for_pages(const char* op, Device device, const Tensor& kv_cache,
-                                 const Arg& arg, ScalarType dtype, const Sizes& sizes) {
+                                 const Arg& arg, ScalarType dtype, const Sizes& sizes,
+                                 int64_t num_heads) {
   const Checks check(op, device);
   check.device({{"kv_cache", kv_cache}, arg});
   check.dtype(arg, dtype);
-  check.shape(arg, {sizes.num_rows, sizes.num_kv_heads, -1});
+  check.shape(arg, {sizes.num_rows, num_heads, -1});
   QUEST_CHECK(arg.tensor.size(2) >= sizes.max_pages, op, "shape", arg.name, " must have room for ",
               sizes.max_pages, " pages, got ", arg.tensor.size(2));
   check.inner_contiguous(arg);
 }
 
-// Of `score` and `score_codes`.
+// Of `score` and `score_codes`, the latter with masses.
 inline Sizes check_score(const char* op, Device device, const Tensor& query, const Tensor& kv_cache,
                          const Tensor& block_table, const Tensor& seq_lens,
                          const Tensor& budget_pages, int64_t page_size, ScoreKind kind,
-                         const Tensor& scores) {
+                         const Tensor* masses, const Tensor& scores) {
   const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
@@ -239,7 +240,12 @@ inline Sizes check_score(const char* op, Device device, const Tensor& query, con
                 {"scores", scores}});
   check.cache(kv_cache, page_size, kind, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
-  check_room_for_pages(op, device, kv_cache, {"scores", scores}, ScalarType::Float, sizes);
+  check_room_for_pages(op, device, kv_cache, {"scores", scores}, ScalarType::Float, sizes,
+                       sizes.num_kv_heads);
+  if (masses != nullptr) {
+    check_room_for_pages(op, device, kv_cache, {"masses", *masses}, ScalarType::Float, sizes,
+                         sizes.num_heads);
+  }
   return sizes;
 }
 

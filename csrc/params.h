@@ -61,8 +61,10 @@ struct ScoreCodesParams {
   KvCache cache;
   Rows rows;
   const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
+  float* masses;      // scratch: [num_rows, num_heads, max_pages]
   float* scores;      // out: [num_rows, num_kv_heads, max_pages]
   int64_t query_row_stride, query_head_stride;
+  int64_t masses_row_stride, masses_head_stride;
   int64_t scores_row_stride, scores_head_stride;
   int group_size;
   float scale;

@@ -128,6 +128,7 @@ def score(operators: ModuleType, batch: Batch) -> Tensor:
         batch.query,
         batch.kv_cache,
         batch.rows,
+        torch.full((*batch.query.shape[:2], batch.max_pages), float("nan")),
         scores,
         page_size=batch.page_size,
         scale=batch.scale,
@@ -164,15 +165,17 @@ def score_error(batch: Batch) -> float:
     """How far a score computed in fp32 may be from the exact one.
 
     A logit sums head_size products of three and head_size of four factors, in any order: it is off
-    by (head_size + 4) roundings of Σ |q_d| (|offset_d| + 3 |step_d|). A page's mass is off by no
-    more than its logits, and by 2e-7 relative for each exponential and sum: less than 1e-6 + 16
-    roundings of its own size.
+    by (head_size + 4) roundings of Σ |q_d| (|offset_d| + 3 |step_d|); a key is no larger. A page's
+    mass is off by no more than its logits, and by 2e-7 relative for each exponential and sum: less
+    than 1e-6 + 16 roundings of its own size. The mass of all pages is off by as much again.
     """
     head_size = batch.query.shape[-1]
     scales = batch.kv_cache[:, :, -1].double().nan_to_num(0.0)
-    largest = (scales[..., :head_size].abs() + 3 * scales[..., head_size:]).amax()
+    coded = (scales[..., :head_size].abs() + 3 * scales[..., head_size:]).amax()
+    keys = batch.kv_cache[:, :, :GROUP, :head_size].double().nan_to_num(0.0).abs().amax()
+    largest = max(coded, keys)
     logit = float(batch.query.double().abs().sum(-1).amax() * largest * batch.scale)
-    return 1.4427 * (head_size + 24) * FP32_ROUNDOFF * (logit + batch.soft_cap) + 3e-6
+    return 2 * (1.4427 * (head_size + 24) * FP32_ROUNDOFF * (logit + batch.soft_cap) + 3e-6)
 
 
 def assert_scores_are_the_references(batch: Batch) -> Tensor:
@@ -355,17 +358,16 @@ def test_scores_equal_the_references_at_any_length(
 
 
 @every_isa
-def test_a_score_is_the_mass_of_the_coded_keys() -> None:
-    """The formula, written once more: the largest head's log2 Σ e^(scale q·k) over the page."""
-    batch = make_batch([5 * GROUP], [1], num_kv_heads=1, group_size=3)
+def test_a_score_is_a_share_of_the_attention() -> None:
+    """The formula, written once more: softmax over codes and the last keys, summed by page."""
+    batch = make_batch([5 * GROUP + 21], [1], num_kv_heads=1, group_size=3)
     scores = score(ops, batch)
-    for page in range(40):
-        group, first = page // 8, page % 8 * 16
-        block = int(batch.rows.block_table[0, group])
-        keys = reference.coded_keys(batch.kv_cache, block, 0)[0, first : first + 16]
-        weights = torch.exp(batch.query[0].double() @ keys.T * batch.scale)
-        expected = weights.sum(dim=1).log2().amax()
-        assert abs(float(scores[0, 0, page]) - float(expected)) <= score_error(batch)
+    blocks = batch.rows.block_table[0, :6].tolist()
+    coded = [reference.coded_keys(batch.kv_cache, block, 0)[0] for block in blocks[:5]]
+    keys = torch.cat([*coded, batch.kv_cache[blocks[5], 0, :21, :64].double()])
+    weights = (batch.query[0].double() @ keys.T * batch.scale).softmax(-1)
+    expected = weights[:, : 5 * GROUP].unflatten(1, (40, 16)).sum(2).amax(0).log2()
+    assert (scores[0, 0, :40] - expected).abs().max() <= score_error(batch)
 
 
 @every_isa
@@ -464,14 +466,16 @@ def test_the_operators_refuse_other_layouts(rows: int, page_size: int, message: 
         Rows(*(torch.ones(shape, dtype=torch.int32) for shape in ((1, 1), (1,), (1,)))),
         page_size,
     )
-    scores = torch.zeros(1, 2, 16)
+    scores, masses = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16)
     pages = torch.zeros(1, 2, 1, dtype=torch.int32)
     key = torch.zeros(1, 2, 32)
     slots = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=message):
         ops.write_kv(key, key, cache, slots, page_size=page_size, score="codes")
     with pytest.raises(RuntimeError, match=message):
-        ops.score_codes(batch.query, cache, batch.rows, scores, page_size=page_size, scale=1.0)
+        ops.score_codes(
+            batch.query, cache, batch.rows, masses, scores, page_size=page_size, scale=1.0
+        )
     with pytest.raises(RuntimeError, match=message):
         attend(ops, batch, pages)
 

@@ -47,10 +47,12 @@ def choose_by_score(
     """QUEST's own choice. On GPUs with clusters of CTAs `ops.cluster_decode` makes it."""
     page_size = impl.quest.page_size
     if impl.quest.score == "codes":
+        masses = scores.new_empty(*query.shape[:2], scores.shape[2])
         ops.score_codes(
             query,
             kv_cache,
             rows,
+            masses,
             scores,
             page_size=page_size,
             scale=impl.scale,

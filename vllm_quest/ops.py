@@ -137,23 +137,27 @@ def score_codes(
     query: Tensor,
     kv_cache: Tensor,
     rows: Rows,
+    masses: Tensor,
     scores: Tensor,
     *,
     page_size: int,
     scale: float,
     soft_cap: float = 0.0,
 ) -> None:
-    """Estimate the attention that every page holds, from the codes of its keys.
+    """Estimate which share of the attention every page holds, from the codes of its keys.
 
-    A logit is scale * (q·offset + Σ_d q_d step_d code_d), soft-capped if need be. A page's score is
-    the base-2 logarithm of Σ e^logit over its tokens, the largest over the query heads that share a
-    KV head. Pages of a group that is not full have no codes. They get scores above all others, the
-    higher the newer: `select` takes them before it takes any page for its estimate.
+    A logit is scale * (q·offset + Σ_d q_d step_d code_d), soft-capped if need be. A page's mass is
+    the base-2 logarithm of Σ e^logit over its tokens, by query head. Tokens of a group that is not
+    full have no codes, and their logits are exact. A page's score is the largest, over the query
+    heads that share a KV head, of its mass less the mass of all pages. Pages of a group that is not
+    full get scores above all others, the higher the newer: `select` takes them before it takes any
+    page for its share.
 
     Args:
         query: `[num_rows, num_heads, head_size]`, dtype of the cache.
         kv_cache: see the module, written with the score `codes`.
         rows: lengths, tables and budgets.
+        masses: out, `[num_rows, num_heads, >= max_pages]` fp32; written where scores are.
         scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
             ceil(seq_len / page_size) of rows over their budget are written. Page p of a group that
             is not full gets 2^102 * (2^23 + p).
@@ -170,6 +174,7 @@ def score_codes(
         page_size,
         scale,
         soft_cap,
+        masses,
         scores,
     )
 

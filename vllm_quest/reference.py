@@ -223,6 +223,7 @@ def score_codes(
     query: Tensor,
     kv_cache: Tensor,
     rows: "Rows",
+    masses: Tensor,
     scores: Tensor,
     *,
     page_size: int,
@@ -232,24 +233,29 @@ def score_codes(
     num_rows, _, head_size = query.shape
     num_kv_heads = kv_cache.shape[1]
     block_groups = tokens_per_block(kv_cache, page_size, "codes") // GROUP_TOKENS
-    group_pages = GROUP_TOKENS // page_size
     for row in range(num_rows):
         seq_len = int(rows.seq_lens[row])
         pages = num_pages(seq_len, page_size)
         if pages <= int(rows.budget_pages[row]):
             continue
-        full_groups = seq_len // GROUP_TOKENS
         # [num_kv_heads, group_size, head_size]
         q = query[row].to(DTYPE).view(num_kv_heads, -1, head_size)
-        for group in range(full_groups):
+        mass = torch.empty(num_kv_heads, q.shape[1], pages, dtype=DTYPE)
+        for page in range(pages):
+            group, token_of_group = divmod(page * page_size, GROUP_TOKENS)
             block, group_of_block = divmod(group, block_groups)
-            keys = coded_keys(kv_cache, int(rows.block_table[row, block]), group_of_block)
+            if group < seq_len // GROUP_TOKENS:
+                keys = coded_keys(kv_cache, int(rows.block_table[row, block]), group_of_block)
+                keys = keys[:, token_of_group : token_of_group + page_size]
+            else:
+                keys = page_rows(kv_cache, rows.block_table[row], page, page_size, "codes")
+                keys = keys[:, : seq_len - page * page_size, :head_size].to(DTYPE)
             logits = capped(q @ keys.transpose(1, 2) * scale, soft_cap)
-            of_pages = logits.view(*logits.shape[:2], group_pages, page_size)
-            mass = torch.logsumexp(of_pages, dim=-1) / math.log(2)
-            first = group * group_pages
-            scores[row, :, first : first + group_pages] = mass.amax(dim=1)
-        for page in range(full_groups * group_pages, pages):
+            mass[:, :, page] = torch.logsumexp(logits, dim=-1) / math.log(2)
+        masses[row, :, :pages] = mass.flatten(0, 1)
+        total = torch.logsumexp(mass * math.log(2), dim=-1, keepdim=True) / math.log(2)
+        scores[row, :, :pages] = (mass - total).amax(dim=1)
+        for page in range(seq_len // GROUP_TOKENS * GROUP_TOKENS // page_size, pages):
             scores[row, :, page] = 2.0**102 * (2**23 + page)
 
 

@@ -1,8 +1,9 @@
-// Stage 2 for the score `codes`: estimate the attention that every page holds.
+// Stage 2 for the score `codes`: estimate the share of the attention that every page holds.
 //
-// A task has kTaskGroups groups of one row and KV head. A lane is a token: its word of 16 channels
-// is masked, not shifted, so that channel i appears multiplied by 2^bit(i), and the query is
-// divided by as much beforehand, with the group's step multiplied in.
+// First the pages' masses, by query head: a task has kTaskGroups groups of one row and KV head. A
+// lane is a token: its word of 16 channels is masked, not shifted, so that channel i appears
+// multiplied by 2^bit(i), and the query is divided by as much beforehand, with the group's step
+// multiplied in. Then the scores: a task has a row and KV head.
 #include "../codes.h"
 #include "kernels.h"
 #include "row_tasks.h"
@@ -114,14 +115,28 @@ void multiply(const uint32_t* words,  // [head_size / 16, kGroupTokens]
   }
 }
 
-// Raise each page's score to the mass that a head's logits give it, base 2.
-void raise(float* logits,  // [kGroupTokens]
-           int page_size, float soft_cap, float* scores) {
-  for (int i = 0; i < kGroupTokens; i += kLanes) {
+// The logits of one query head with the keys of a group that is not full.
+template <class T>
+void multiply_keys(const T* keys, int row_size, int num_tokens, const float* query, int head_size,
+                   float scale, float* logits) {
+  for (int token = 0; token < num_tokens; ++token) {
+    Floats total{};
+    for (int d = 0; d < head_size; d += kLanes) {
+      total += load(query + d) * load(keys + token * row_size + d);
+    }
+    logits[token] = sum(total) * scale;
+  }
+}
+
+// The mass that a head's logits give each page, base 2.
+void weigh_pages(float* logits,  // [kGroupTokens]
+                 int num_tokens, int page_size, float soft_cap, float* masses) {
+  for (int i = 0; i < num_tokens; i += kLanes) {
     const Floats logit = load(logits + i);
     store_unaligned(logits + i,
                     soft_cap > 0 ? tanh(logit / soft_cap) * (soft_cap * kLog2e) : logit * kLog2e);
   }
+  for (int i = num_tokens; i < kGroupTokens; ++i) logits[i] = kLowest;
   // Of a page of fewer tokens than lanes, the other lanes weigh nothing.
   const int valid = min_of(page_size, kLanes);
   float largest[kMaxGroupPages], sums[kMaxGroupPages];
@@ -131,7 +146,7 @@ void raise(float* logits,  // [kGroupTokens]
     memcpy(&lanes, from, valid * sizeof(float));
     return lanes;
   };
-  for (int page = 0; page * page_size < kGroupTokens; ++page) {
+  for (int page = 0; page * page_size < num_tokens; ++page) {
     const float* of_page = logits + page * page_size;
     Floats most = lanes_from(of_page);
     for (int i = valid; i < page_size; i += valid) most = max_of(most, lanes_from(of_page + i));
@@ -145,29 +160,35 @@ void raise(float* logits,  // [kGroupTokens]
     sums[page] = sum(weights);
   }
   for (int page = 0; page < kMaxGroupPages; page += kLanes) {
-    float masses[kLanes];
-    store_unaligned(masses, load(largest + page) + log2(load(sums + page)));
-    for (int i = 0; i < kLanes && (page + i) * page_size < kGroupTokens; ++i) {
-      scores[page + i] = max_of(scores[page + i], masses[i]);
+    float of_pages[kLanes];
+    store_unaligned(of_pages, load(largest + page) + log2(load(sums + page)));
+    for (int i = 0; i < kLanes && (page + i) * page_size < num_tokens; ++i) {
+      masses[page + i] = of_pages[i];
     }
   }
 }
 
 template <class T>
-void score_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, int end) {
+void weigh_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, int end) {
   const KvCache& cache = p.cache;
   const int row_size = 2 * cache.head_size, page_size = cache.page_size;
   const int group_pages = kGroupTokens / page_size,
             block_groups = cache.block_tokens / kGroupTokens;
   const int seq_len = p.rows.seq_lens[row];
   const int32_t* block_table = p.rows.block_table + row * p.rows.block_table_stride;
-  const T* head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride +
-                  static_cast<int64_t>(cache.block_tokens) * row_size;
-  const auto rows_of_group = [&](int group) {
-    return head + block_table[group / block_groups] * cache.block_stride +
-           static_cast<int64_t>(group % block_groups) * kGroupRows * row_size;
+  const auto block_of_group = [&](int group) {
+    return static_cast<const T*>(cache.data) + kv_head * cache.head_stride +
+           block_table[group / block_groups] * cache.block_stride;
   };
-  float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
+  const auto rows_of_group = [&](int group) {
+    return block_of_group(group) +
+           (cache.block_tokens + static_cast<int64_t>(group % block_groups) * kGroupRows) *
+               row_size;
+  };
+  const auto masses_of = [&](int head, int group) {
+    return p.masses + row * p.masses_row_stride +
+           (kv_head * p.group_size + head) * p.masses_head_stride + group * group_pages;
+  };
   const Query query = load_query<T>(p, row, kv_head);
   const int end_full = min_of(end, seq_len / kGroupTokens);
 
@@ -175,34 +196,72 @@ void score_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, in
     const T* rows = rows_of_group(group);
     const T* next = group + 1 < end_full ? rows_of_group(group + 1) : rows;
     scale_query(rows + kScalesRow * row_size, query, p.group_size, cache.head_size, p.scale);
-    float* of_group = scores + group * group_pages;
-    for (int page = 0; page < group_pages; ++page) of_group[page] = -__builtin_inff();
     for_head_tiles(p.group_size, [&]<int kHeads>(int first) {
       multiply<kHeads>(reinterpret_cast<const uint32_t*>(rows),
                        reinterpret_cast<const uint32_t*>(next),
                        query.scaled + first * cache.head_size, query.constants + first,
                        cache.head_size, query.logits);
       for (int i = 0; i < kHeads; ++i) {
-        raise(query.logits + i * kGroupTokens, page_size, p.soft_cap, of_group);
+        weigh_pages(query.logits + i * kGroupTokens, kGroupTokens, page_size, p.soft_cap,
+                    masses_of(first + i, group));
       }
     });
   }
-  // A group that is not full is the row's last.
-  const int end_pages = min_of(end * group_pages, div_up(seq_len, page_size));
-  for (int page = max_of(begin, end_full) * group_pages; page < end_pages; ++page) {
-    scores[page] = score_without_codes(page);
+  if (end_full == end) return;
+  // The row's last group is not full.
+  const int group = end - 1, num_tokens = seq_len % kGroupTokens;
+  const T* keys =
+      block_of_group(group) + static_cast<int64_t>(group % block_groups) * kGroupTokens * row_size;
+  for (int head = 0; head < p.group_size; ++head) {
+    multiply_keys(keys, row_size, num_tokens, query.heads + head * cache.head_size, cache.head_size,
+                  p.scale, query.logits);
+    weigh_pages(query.logits, num_tokens, page_size, p.soft_cap, masses_of(head, group));
   }
+}
+
+// The mass of all pages of a query head, base 2.
+float total_of(const float* masses, int num_pages) {
+  float largest = masses[0];
+  for (int page = 1; page < num_pages; ++page) largest = max_of(largest, masses[page]);
+  Floats weights{};
+  for (int page = 0; page < num_pages; page += kLanes) {
+    Floats lanes = broadcast(kLowest);
+    memcpy(&lanes, masses + page, min_of(kLanes, num_pages - page) * sizeof(float));
+    weights += exp2_nonpositive(lanes - largest);
+  }
+  return largest + log2(broadcast(sum(weights)))[0];
+}
+
+void score_pages(const ScoreCodesParams& p, int row, int kv_head) {
+  const int seq_len = p.rows.seq_lens[row];
+  const int num_pages = div_up(seq_len, p.cache.page_size);
+  const int num_coded = seq_len / kGroupTokens * (kGroupTokens / p.cache.page_size);
+  float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
+  for (int page = 0; page < num_coded; ++page) scores[page] = -__builtin_inff();
+  for (int head = kv_head * p.group_size; head < (kv_head + 1) * p.group_size; ++head) {
+    const float* masses = p.masses + row * p.masses_row_stride + head * p.masses_head_stride;
+    const float total = total_of(masses, num_pages);
+    for (int page = 0; page < num_coded; ++page) {
+      scores[page] = max_of(scores[page], masses[page] - total);
+    }
+  }
+  for (int page = num_coded; page < num_pages; ++page) scores[page] = score_without_codes(page);
+}
+
+// How many tasks a row is divided into: none if it fits its budget.
+RowTasks tasks_of(const ScoreCodesParams& p, int (*chunks_of)(int seq_len)) {
+  return RowTasks(p.rows.num_rows, [&](int row) -> int64_t {
+    const int seq_len = p.rows.seq_lens[row];
+    if (!over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)) return 0;
+    return static_cast<int64_t>(p.cache.num_kv_heads) * chunks_of(seq_len);
+  });
 }
 
 }  // namespace
 
 void score_codes(const ScoreCodesParams& p) {
-  const int num_kv_heads = p.cache.num_kv_heads;
-  const RowTasks tasks(p.rows.num_rows, [&](int row) -> int64_t {
-    const int seq_len = p.rows.seq_lens[row];
-    if (!over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)) return 0;
-    return static_cast<int64_t>(num_kv_heads) * div_up(div_up(seq_len, kGroupTokens), kTaskGroups);
-  });
+  const RowTasks tasks =
+      tasks_of(p, [](int seq_len) { return div_up(div_up(seq_len, kGroupTokens), kTaskGroups); });
   with_dtype(p.cache.dtype, [&]<class T>() {
     parallel_for(tasks.count(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -210,10 +269,14 @@ void score_codes(const ScoreCodesParams& p) {
         const int num_groups = div_up(p.rows.seq_lens[task.row], kGroupTokens);
         const int num_chunks = div_up(num_groups, kTaskGroups);
         const int first = task.index % num_chunks * kTaskGroups;
-        score_groups<T>(p, task.row, task.index / num_chunks, first,
+        weigh_groups<T>(p, task.row, task.index / num_chunks, first,
                         min_of(first + kTaskGroups, num_groups));
       }
     });
+  });
+  const RowTasks scores = tasks_of(p, [](int) { return 1; });
+  parallel_for(scores.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) score_pages(p, scores[i].row, scores[i].index);
   });
 }
 

@@ -100,7 +100,7 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
               const Tensor& scores) {
   const char* op = "score";
   const Sizes sizes = check_score(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, ScoreKind::kMinMax, scores);
+                                  budget_pages, page_size, ScoreKind::kMinMax, nullptr, scores);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
@@ -121,10 +121,10 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
 
 void score_codes_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
-                    double scale, double soft_cap, const Tensor& scores) {
+                    double scale, double soft_cap, const Tensor& masses, const Tensor& scores) {
   const char* op = "score_codes";
   const Sizes sizes = check_score(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
-                                  budget_pages, page_size, ScoreKind::kCodes, scores);
+                                  budget_pages, page_size, ScoreKind::kCodes, &masses, scores);
   check_cache(op, kv_cache, sizes);
   check_group(op, sizes);
   check_aligned(op, {"query", query});
@@ -134,9 +134,12 @@ void score_codes_op(const Tensor& query, const Tensor& kv_cache, const Tensor& b
                  score_codes({.cache = cache_of(kv_cache, sizes),
                               .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
                               .query = row_of<void>(query, row),
+                              .masses = row_of<float>(masses, row),
                               .scores = row_of<float>(scores, row),
                               .query_row_stride = query.stride(0),
                               .query_head_stride = query.stride(1),
+                              .masses_row_stride = masses.stride(0),
+                              .masses_head_stride = masses.stride(1),
                               .scores_row_stride = scores.stride(0),
                               .scores_head_stride = scores.stride(1),
                               .group_size = sizes.group_size(),
@@ -277,7 +280,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
     QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "block_table may hold ", max_pages,
                 " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
     const Arg arg = {"far_keys", *far_keys};
-    check_room_for_pages(op, Device::kCuda, kv_cache, arg, ScalarType::Int, sizes);
+    check_room_for_pages(op, Device::kCuda, kv_cache, arg, ScalarType::Int, sizes,
+                         sizes.num_kv_heads);
     check_aligned(op, arg);
   }
   for_rows(query.size(0), [&](int64_t row, int64_t num_rows) {

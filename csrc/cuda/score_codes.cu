@@ -1,14 +1,21 @@
-// score_codes: the attention that each page is estimated to hold, for the rows over their budget.
+// score_codes: the share of the attention that each page is estimated to hold, for the rows over
+// their budget. A first kernel weighs the pages by query head, a second one scores them: it knows
+// what all of a head's pages weigh.
 //
-// A warp has a group of 128 tokens for one KV head. Codes are multiplied as 8-bit integers: a shift
-// and a mask make an operand's register of a word. The query, times the group's steps, is rounded
-// to integers of some 13 bits, each in two bytes, which are two columns of the product: so sums are
-// exact, and the rounding is far below that of the codes.
+// In the first, a warp has a group of 128 tokens for one KV head. Codes are multiplied as 8-bit
+// integers: a shift and a mask make an operand's register of a word. The query, times the group's
+// steps, is rounded to integers of some 13 bits, each in two bytes, which are two columns of the
+// product: so sums are exact, and the rounding is far below that of the codes. A group that is not
+// full has no codes; all warps of a CTA weigh it by its keys.
 //
-// Bytes: 36 * head_size per group and KV head, each read once.
+// Bytes: 36 * head_size per group and KV head, each read once; 4 per page and query head, which are
+// written once and read twice, from L2.
+#include <algorithm>
+
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
+#include "softmax.cuh"
 #include "tiles.cuh"
 
 namespace quest::cuda {
@@ -24,6 +31,10 @@ constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: its low bits are an intege
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kSmallest = 1e-30f;  // products below it count as none
 
+__device__ __forceinline__ float mass_of(const SoftmaxState& state) {
+  return state.max_log2 + __log2f(state.sum);
+}
+
 // sum[16 x 8] += a[16 x 32] * b[32 x 8]: bytes 0 to 3 and integers. With lane l = 4 * r + c: a[0]
 // has row r, columns 4c to 4c + 3; a[1] row r + 8; a[2], a[3] the same of columns 16 further on;
 // b0, b1 have column r, rows 4c to 4c + 3 and 16 further on; sum as in Element<T>::mma.
@@ -36,7 +47,7 @@ __device__ __forceinline__ void mma_codes(int (&sum)[4], const uint32_t (&a)[4],
 }
 
 template <typename T, int kHeadSize, int kTiles>
-class ScoreCodes {
+class WeighPages {
  public:
   // A step multiplies 32 channels: 8 for each c, half a word's. Two steps take a word; where a
   // step is left over, a word serves two neighbouring lanes.
@@ -45,12 +56,13 @@ class ScoreCodes {
   static constexpr int kMaxInteger = (1 << 22) / (3 * kHeadSize) - 1;
 
   // Of a query group, for lane 4 * r + c: channels_of(step) of query head 4 * tile + r / 2; the
-  // last head again where there are too few, so that the maximum over all stays the same.
+  // last head again where there are too few.
   struct Shared {
     Vec query[kTiles][kSteps][kWarpSize];
+    SoftmaxState halves[kGroupTokens / kHalfTokens][kTiles * kTileHeads];  // of a group not full
   };
 
-  __device__ ScoreCodes(const ScoreCodesParams& p, Shared& shared, const Schedule& schedule)
+  __device__ WeighPages(const ScoreCodesParams& p, Shared& shared, const Schedule& schedule)
       : p_(p),
         shared_(shared),
         schedule_(schedule),
@@ -67,7 +79,7 @@ class ScoreCodes {
     return div_up(div_up(seq_len, kGroupTokens), kWarps);
   }
 
-  // Score a CTA's share of all chunks: a group for each warp.
+  // Weigh the pages of a CTA's share of all chunks: a group for each warp.
   __device__ void run() {
     Segment segment;
     for (int number = begin_; number < end_; ++number) {
@@ -78,12 +90,12 @@ class ScoreCodes {
         __syncthreads();
       }
       const int group = (number - segment.first) * kWarps + warp_;
-      const int block = next_block_, seq_len = p_.rows.seq_lens[segment.row];
+      const int block = next_block_, num_full = p_.rows.seq_lens[segment.row] / kGroupTokens;
       look_up(number + 1);
-      if (group < seq_len / kGroupTokens) {
-        score_group(segment, group, block);
-      } else {
-        score_rest(segment, group, seq_len);
+      if (group < num_full) weigh_group(segment, group, block);
+      const int num_tokens = p_.rows.seq_lens[segment.row] % kGroupTokens;
+      if (num_tokens > 0 && num_full / kWarps == number - segment.first) {
+        weigh_rest(segment, num_full, num_tokens);
       }
     }
   }
@@ -125,19 +137,82 @@ class ScoreCodes {
     }
   }
 
-  __device__ float* scores_of(const Segment& segment) const {
-    return p_.scores + segment.row * p_.scores_row_stride + segment.head * p_.scores_head_stride;
+  // Where the masses of a group's pages lie, for a query head of the segment's KV head.
+  __device__ float* masses_of(const Segment& segment, int head, int group) const {
+    return p_.masses + segment.row * p_.masses_row_stride +
+           (segment.head * p_.group_size + head) * p_.masses_head_stride +
+           group * (kGroupTokens / p_.cache.page_size);
   }
 
-  // Score the pages of a group that is not full, or does not exist.
-  __device__ void score_rest(const Segment& segment, int group, int seq_len) const {
-    const int page = group * (kGroupTokens / p_.cache.page_size) + lane_;
-    if (lane_ < kGroupTokens / p_.cache.page_size && page < div_up(seq_len, p_.cache.page_size)) {
-      scores_of(segment)[page] = score_without_codes(page);
+  // Weigh the pages of a group that is not full: 16 tokens for each warp. Called by all warps, with
+  // the segment's last chunk.
+  __device__ void weigh_rest(const Segment& segment, int group, int num_tokens) {
+    static_assert(kWarps * kTileTokens == kGroupTokens);
+    const int first = kTileTokens * warp_;
+    if (first < num_tokens) {
+      // Load the keys of tokens r and r + 8; the last one in the place of those that follow it.
+      const int block = load_once(p_.rows.block_table + segment.row * p_.rows.block_table_stride +
+                                  group / block_groups());
+      const T* keys = static_cast<const T*>(p_.cache.data) + block * p_.cache.block_stride +
+                      segment.head * p_.cache.head_stride +
+                      group % block_groups() * kGroupTokens * 2 * kHeadSize;
+      Vec of_keys[2][kSteps];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = min(first + kHalfTokens * half + r_, num_tokens - 1);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          of_keys[half][step] = load_once(keys + token * 2 * kHeadSize + channels_of(step));
+        }
+      }
+
+      // Multiply; the sums of row r are of query head 4 * tile + c in both columns.
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float sum[4] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const Vec q = shared_.query[tile][step][lane_];
+          const auto &low = of_keys[0][step].word, &high = of_keys[1][step].word;
+#pragma unroll
+          for (int w = 0; w < 4; w += 2) {
+            const MatrixA a = {{{low[w], low[w + 1]}, {high[w], high[w + 1]}}};
+            Element<T>::mma(sum, a, q.word[w], q.word[w + 1]);
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool exists = first + kHalfTokens * half + r_ < num_tokens;
+          const float logit = exists ? log2_weight(sum[2 * half]) : -INFINITY;
+          float most = logit;
+          for (int apart = 4; apart < kWarpSize; apart *= 2) {
+            most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, apart));
+          }
+          float weight = exists ? exp2_fast(logit - most) : 0.0f;
+          for (int apart = 4; apart < kWarpSize; apart *= 2) {
+            weight += __shfl_xor_sync(kAllLanes, weight, apart);
+          }
+          if (r_ == 0) shared_.halves[2 * warp_ + half][kTileHeads * tile + c_] = {most, weight};
+        }
+      }
+    }
+    __syncthreads();
+
+    // Sum up pages. The next write to shared memory follows a barrier: a new segment begins.
+    const int halves = p_.cache.page_size / kHalfTokens;
+    const int num_pages = div_up(num_tokens, p_.cache.page_size);
+    for (int i = threadIdx.x; i < num_pages * p_.group_size; i += kThreads) {
+      const int page = i % num_pages, head = i / num_pages;
+      const int end = min((page + 1) * halves, div_up(num_tokens, kHalfTokens));
+      SoftmaxState state = no_tokens();
+      for (int half = page * halves; half < end; ++half) {
+        state = merge(state, shared_.halves[half][head]).state;
+      }
+      masses_of(segment, head, group)[page] = mass_of(state);
     }
   }
 
-  __device__ void score_group(const Segment& segment, int group, int block) {
+  __device__ void weigh_group(const Segment& segment, int group, int block) {
     // Load scales and codes, all at once.
     const T* rows = static_cast<const T*>(p_.cache.data) + block * p_.cache.block_stride +
                     segment.head * p_.cache.head_stride +
@@ -172,7 +247,6 @@ class ScoreCodes {
     // Multiply spans of 32 tokens, and sum up pages.
     Mass mass[kTiles];
     const int page_size = p_.cache.page_size;
-    float* scores = scores_of(segment) + group * (kGroupTokens / page_size);
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
       float logits[kTiles][4];
@@ -185,17 +259,16 @@ class ScoreCodes {
       }
       if ((span + 1) * kSpanTokens % min(page_size, kSpanTokens * kSpans) == 0 ||
           page_size < kSpanTokens) {
-        float score = -INFINITY;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          score = fmaxf(score, mass[tile].log2());
-          mass[tile] = {};
-        }
-        score = fmaxf(score, __shfl_xor_sync(kAllLanes, score, 1));
-        score = fmaxf(score, __shfl_xor_sync(kAllLanes, score, 2));
         const int token = span * kSpanTokens + 4 * r_;
         const bool is_first = page_size < kSpanTokens ? token % page_size == 0 : r_ == 0;
-        if (c_ == 0 && is_first) scores[token / page_size] = score;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int head = kTileHeads * tile + c_;
+          if (is_first && head < p_.group_size) {
+            masses_of(segment, head, group)[token / page_size] = mass[tile].log2();
+          }
+          mass[tile] = {};
+        }
       }
     }
   }
@@ -343,45 +416,146 @@ constexpr int kResident = kHeadSize <= 128 && kTiles <= 2 ? 2 : 1;
 
 template <typename T, int kHeadSize, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident<kHeadSize, kTiles>)
-    score_codes_kernel(const __grid_constant__ ScoreCodesParams p) {
-  // grid: [CTAs that the GPU holds]; a CTA scores its share of all chunks, a warp groups of them.
-  using ScoreCodes = quest::cuda::ScoreCodes<T, kHeadSize, kTiles>;
-  __shared__ typename ScoreCodes::Shared shared;
+    weigh_pages_kernel(const __grid_constant__ ScoreCodesParams p) {
+  // grid: [CTAs that the GPU holds]; a CTA weighs its share of all chunks, a warp groups of them.
+  using WeighPages = quest::cuda::WeighPages<T, kHeadSize, kTiles>;
+  __shared__ typename WeighPages::Shared shared;
   extern __shared__ int row_end[];  // [num_rows]
 
   const Schedule schedule = Schedule::build<kThreads>(
       gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
         const int seq_len = p.rows.seq_lens[row];
         return over_budget(seq_len, p.rows.budget_pages[row], p.cache.page_size)
-                   ? ScoreCodes::chunks_of(seq_len)
+                   ? WeighPages::chunks_of(seq_len)
                    : 0;
       });
-  ScoreCodes score(p, shared, schedule);
+  WeighPages weigh(p, shared, schedule);
   wait_for_previous_kernel();
   release_next_kernel();
-  score.run();
+  weigh.run();
+}
+
+// The states of neighbouring lanes merged, in all of them.
+__device__ SoftmaxState merge_lanes(SoftmaxState state, int lanes) {
+  for (int apart = 1; apart < lanes; apart *= 2) {
+    const float max_log2 = __shfl_xor_sync(kAllLanes, state.max_log2, apart);
+    state = merge(state, {max_log2, __shfl_xor_sync(kAllLanes, state.sum, apart)}).state;
+  }
+  return state;
+}
+
+// The states of a CTA's threads merged. Called by all of them.
+template <int kNumThreads>
+__device__ SoftmaxState merge_cta(SoftmaxState state,
+                                  SoftmaxState (&of_warps)[kNumThreads / kWarpSize]) {
+  constexpr int kNumWarps = kNumThreads / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  state = merge_lanes(state, kWarpSize);
+  if (lane == 0) of_warps[threadIdx.x / kWarpSize] = state;
+  __syncthreads();
+  state = of_warps[lane % kNumWarps];
+  __syncthreads();  // before the next states
+  return merge_lanes(state, kNumWarps);
+}
+
+constexpr int kScoreThreads = 512;
+constexpr int kMaxGroup = 16;
+constexpr int kLoadsInFlight = 8;
+
+// Not a template: masses have no dtype.
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    score_masses_kernel(const __grid_constant__ ScoreCodesParams p) {
+  // grid: [CTAs that the GPU holds]; a CTA scores its share of the (row, KV head) pairs.
+  extern __shared__ int row_end[];  // [num_rows]
+  __shared__ SoftmaxState of_warps[kScoreThreads / kWarpSize];
+  const int page_size = p.cache.page_size;
+  const Schedule schedule = Schedule::build<kScoreThreads>(
+      gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
+        return over_budget(p.rows.seq_lens[row], p.rows.budget_pages[row], page_size) ? 1 : 0;
+      });
+  const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
+  wait_for_previous_kernel();
+  release_next_kernel();
+
+  for (int pair = begin; pair < end; ++pair) {
+    const Segment segment = schedule.segment(pair);
+    const int seq_len = p.rows.seq_lens[segment.row];
+    const int num_pages = div_up(seq_len, page_size);
+    const int num_coded = seq_len / kGroupTokens * (kGroupTokens / page_size);
+    const float* masses = p.masses + segment.row * p.masses_row_stride +
+                          segment.head * p.group_size * p.masses_head_stride;
+    float* scores =
+        p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride;
+
+    // Weigh all pages of each query head.
+    float totals[kMaxGroup];
+    for (int head = 0; head < p.group_size; ++head) {
+      const float* of_head = masses + head * p.masses_head_stride;
+      SoftmaxState state = no_tokens();
+      for (int first = threadIdx.x; first < num_pages; first += kLoadsInFlight * kScoreThreads) {
+        float mass[kLoadsInFlight], max_log2 = state.max_log2;
+#pragma unroll
+        for (int k = 0; k < kLoadsInFlight; ++k) {
+          const int page = first + k * kScoreThreads;
+          mass[k] = page < num_pages ? load_once(of_head + page) : -INFINITY;
+        }
+#pragma unroll
+        for (const float m : mass) max_log2 = fmaxf(max_log2, m);
+        state = {max_log2, state.sum * rescale(state.max_log2, max_log2)};
+#pragma unroll
+        for (const float m : mass) state.sum += exp2_fast(m - max_log2);
+      }
+      const float total = mass_of(merge_cta<kScoreThreads>(state, of_warps));
+#pragma unroll
+      for (int i = 0; i < kMaxGroup; ++i) {
+        if (i == head) totals[i] = total;  // stays in registers
+      }
+    }
+
+    // Score each page by the head that it means most to.
+    for (int page = threadIdx.x; page < num_pages; page += kScoreThreads) {
+      float score = -INFINITY;
+#pragma unroll
+      for (int head = 0; head < kMaxGroup; ++head) {
+        if (head < p.group_size) {
+          const float mass = load_once(masses + head * p.masses_head_stride + page);
+          score = fmaxf(score, mass - totals[head]);
+        }
+      }
+      scores[page] = page < num_coded ? score : score_without_codes(page);
+    }
+  }
 }
 
 template <typename T, int kHeadSize, int kTiles>
-cudaError_t launch_score_codes(const ScoreCodesParams& params, cudaStream_t stream) {
-  return launch(score_codes_kernel<T, kHeadSize, kTiles>,
+cudaError_t launch_weigh_pages(const ScoreCodesParams& params, cudaStream_t stream) {
+  return launch(weigh_pages_kernel<T, kHeadSize, kTiles>,
                 kResident<kHeadSize, kTiles> * num_multiprocessors(), kThreads,
                 params.rows.num_rows * sizeof(int), stream, params);
+}
+
+cudaError_t weigh_pages(const ScoreCodesParams& params, cudaStream_t stream) {
+  return for_shape(params.cache, 1, [&](auto shape) {
+    using S = decltype(shape);
+    using T = typename S::Type;
+    constexpr int kHeadSize = S::kHeadSize;
+    if (params.group_size <= kTileHeads) return launch_weigh_pages<T, kHeadSize, 1>(params, stream);
+    if (params.group_size <= 2 * kTileHeads) {
+      return launch_weigh_pages<T, kHeadSize, 2>(params, stream);
+    }
+    return launch_weigh_pages<T, kHeadSize, 4>(params, stream);
+  });
 }
 
 }  // namespace
 
 cudaError_t score_codes(const ScoreCodesParams& params, cudaStream_t stream) {
-  return for_shape(params.cache, 1, [&](auto shape) {
-    using S = decltype(shape);
-    using T = typename S::Type;
-    constexpr int kHeadSize = S::kHeadSize;
-    if (params.group_size <= kTileHeads) return launch_score_codes<T, kHeadSize, 1>(params, stream);
-    if (params.group_size <= 2 * kTileHeads) {
-      return launch_score_codes<T, kHeadSize, 2>(params, stream);
-    }
-    return launch_score_codes<T, kHeadSize, 4>(params, stream);
-  });
+  const cudaError_t error = weigh_pages(params, stream);
+  if (error != cudaSuccess) return error;
+  const int ctas =
+      std::min(params.rows.num_rows * params.cache.num_kv_heads, 2 * num_multiprocessors());
+  return launch(score_masses_kernel, ctas, kScoreThreads, params.rows.num_rows * sizeof(int),
+                stream, params);
 }
 
 }  // namespace quest::cuda

@@ -57,13 +57,14 @@ def rounding_of_the_query(batch: Batch) -> float:
     """How far the integers that stand for q * step may move a score.
 
     Each is off by half a part in 2^22 / (3 * head_size) - 1 of the largest, and meets a code of at
-    most 3. Exponentials and logarithms are approximate to within 1e-5.
+    most 3. Exponentials and logarithms are approximate to within 1e-5. A score is a difference of
+    two masses.
     """
     head_size = batch.query.shape[-1]
     steps = batch.kv_cache[:, :, -1, head_size:].double().nan_to_num(0.0)
     largest = float(steps.amax() * batch.query.double().abs().amax())
     integers = 2**22 // (3 * head_size) - 1
-    return 1.4427 * batch.scale * 3 * head_size * 0.5 * largest / integers + 1e-5
+    return 2 * (1.4427 * batch.scale * 3 * head_size * 0.5 * largest / integers + 1e-5)
 
 
 def assert_scores_are_the_references(batch: Batch) -> Tensor:

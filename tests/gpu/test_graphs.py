@@ -30,6 +30,7 @@ GRAPHS = {
     "piecewise": {"cudagraph_mode": "PIECEWISE"},
 }
 SPARSE = {"token_budget": 128, "dense_layers": 1}
+CODES = {"score": "codes", "keep_first_pages": 1}
 LENGTHS = [1, 16, 17, 300, 700, 1500, 33]
 
 SHAPES = {
@@ -81,6 +82,15 @@ def test_graphs_change_no_token(model, runner, mode):
     assert agree(run(model, SPARSE, **without), run(model, SPARSE, **with_graphs))
 
 
+def test_codes_under_graphs(model, runner):
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    without = {"compilation_config": GRAPHS["full"] | {"cudagraph_mode": "NONE"}}
+    dense = run(model, None, DENSE, **graphs)
+    assert agree(dense, run(model, {"token_budget": 4096} | CODES, **graphs))
+    sparse = SPARSE | CODES
+    assert agree(run(model, sparse, **graphs | without), run(model, sparse, **graphs))
+
+
 @pytest.mark.parametrize("graphs", [None, "full"])
 def test_a_context_longer_than_shared_memory_has_room_for(tmp_path, graphs):
     """One launch, with far keys in device memory, answers as three launches do.
@@ -126,11 +136,12 @@ def test_an_eagle_head_changes_no_token(tmp_path, runner, draft_backend):
     assert accepted > 20 and drafted - accepted > 20  # both happen, again and again
 
 
-def test_the_bundled_model_retrieves_under_graphs(demo_model, runner):
+@pytest.mark.parametrize("score", ["minmax", "codes"])
+def test_the_bundled_model_retrieves_under_graphs(demo_model, runner, score):
     haystack = make_haystack(16384, 128, seed=11)
     facts = haystack.facts[::4]
     prompts = [[{"role": "user", "content": haystack.prompt(fact)}] for fact in facts]
-    quest = {"token_budget": 2048, "dense_layers": 0}
+    quest = {"token_budget": 2048, "dense_layers": 0, "score": score, "keep_first_pages": 1}
     graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
     right = {}
     with engine(demo_model, quest=quest, kv_cache_memory_bytes=4 << 30, **graphs) as llm:

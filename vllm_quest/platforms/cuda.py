@@ -60,7 +60,11 @@ class BatchPlanner:
         self.max_blocks = -(-vllm_config.model_config.max_model_len // spec.block_size)
         pages = self.max_blocks * spec.block_size // quest.page_size
         pages = -(-pages // 4) * 4  # fp32, so that each row begins at a multiple of 16 bytes
-        rows_per_pass = SCORES_BYTES // (4 * spec.num_kv_heads * pages)
+        # Codes weigh pages by query head.
+        num_heads = (
+            self.prefill_builder.num_heads_q if quest.score == "codes" else spec.num_kv_heads
+        )
+        rows_per_pass = SCORES_BYTES // (4 * num_heads * pages)
         rows_per_pass = max(1, min(rows_per_pass, num_rows))
         scratch_shape = (rows_per_pass, spec.num_kv_heads, pages)
         self.budget_pages = torch.ones(num_rows, dtype=torch.int32, device=device)
