@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "device.cuh"
+#include "divisor.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -62,16 +63,20 @@ class WeighPages {
     SoftmaxState halves[kGroupTokens / kHalfTokens][kTiles * kTileHeads];  // of a group not full
   };
 
-  __device__ WeighPages(const ScoreCodesParams& p, Shared& shared, const Schedule& schedule)
+  __device__ WeighPages(const ScoreCodesParams& p, const Divisor& block_groups, Shared& shared,
+                        const Schedule& schedule)
       : p_(p),
+        block_groups_(block_groups),
         shared_(shared),
         schedule_(schedule),
+        log2_page_size_(31 - __clz(p.cache.page_size)),
         begin_(schedule.begin(blockIdx.x)),
         end_(schedule.begin(blockIdx.x + 1)),
         lane_(threadIdx.x % kWarpSize),
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
-        c_(lane_ % 4) {
+        c_(lane_ % 4),
+        log2_scale_(p.scale * kLog2E) {
     look_up(begin_);
   }
 
@@ -90,9 +95,10 @@ class WeighPages {
         __syncthreads();
       }
       const int group = (number - segment.first) * kWarps + warp_;
-      const int block = next_block_, num_full = p_.rows.seq_lens[segment.row] / kGroupTokens;
+      const int block = next_block_, group_of_block = next_group_of_block_;
+      const int num_full = p_.rows.seq_lens[segment.row] / kGroupTokens;
       look_up(number + 1);
-      if (group < num_full) weigh_group(segment, group, block);
+      if (group < num_full) weigh_group(segment, group, block, group_of_block);
       const int num_tokens = p_.rows.seq_lens[segment.row] % kGroupTokens;
       if (num_tokens > 0 && num_full / kWarps == number - segment.first) {
         weigh_rest(segment, num_full, num_tokens);
@@ -119,12 +125,12 @@ class WeighPages {
     if (number == begin_ || number == next_.first + next_.count) next_ = schedule_.segment(number);
     const int group = (number - next_.first) * kWarps + warp_;
     if (group < p_.rows.seq_lens[next_.row] / kGroupTokens) {
-      next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
-                              group / block_groups());
+      const int number_of_block = block_groups_.quotient(group);
+      next_group_of_block_ = group - number_of_block * block_groups_.divisor();
+      next_block_ =
+          load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride + number_of_block);
     }
   }
-
-  __device__ int block_groups() const { return p_.cache.block_tokens / kGroupTokens; }
 
   __device__ void load_query(const Segment& segment) {
     for (int i = warp_; i < kTiles * kSteps; i += kWarps) {
@@ -141,7 +147,7 @@ class WeighPages {
   __device__ float* masses_of(const Segment& segment, int head, int group) const {
     return p_.masses + segment.row * p_.masses_row_stride +
            (segment.head * p_.group_size + head) * p_.masses_head_stride +
-           group * (kGroupTokens / p_.cache.page_size);
+           (group * kGroupTokens >> log2_page_size_);
   }
 
   // Weigh the pages of a group that is not full: 16 tokens for each warp. Called by all warps, with
@@ -151,11 +157,12 @@ class WeighPages {
     const int first = kTileTokens * warp_;
     if (first < num_tokens) {
       // Load the keys of tokens r and r + 8; the last one in the place of those that follow it.
-      const int block = load_once(p_.rows.block_table + segment.row * p_.rows.block_table_stride +
-                                  group / block_groups());
+      const int number = block_groups_.quotient(group);
+      const int block =
+          load_once(p_.rows.block_table + segment.row * p_.rows.block_table_stride + number);
       const T* keys = static_cast<const T*>(p_.cache.data) + block * p_.cache.block_stride +
                       segment.head * p_.cache.head_stride +
-                      group % block_groups() * kGroupTokens * 2 * kHeadSize;
+                      (group - number * block_groups_.divisor()) * kGroupTokens * 2 * kHeadSize;
       Vec of_keys[2][kSteps];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -183,7 +190,9 @@ class WeighPages {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const bool exists = first + kHalfTokens * half + r_ < num_tokens;
-          const float logit = exists ? log2_weight(sum[2 * half]) : -INFINITY;
+          float logit = sum[2 * half] * log2_scale_;
+          if (p_.soft_cap > 0.0f) logit = capped(logit);
+          if (!exists) logit = -INFINITY;
           float most = logit;
           for (int apart = 4; apart < kWarpSize; apart *= 2) {
             most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, apart));
@@ -212,11 +221,11 @@ class WeighPages {
     }
   }
 
-  __device__ void weigh_group(const Segment& segment, int group, int block) {
+  __device__ void weigh_group(const Segment& segment, int group, int block, int group_of_block) {
     // Load scales and codes, all at once.
     const T* rows = static_cast<const T*>(p_.cache.data) + block * p_.cache.block_stride +
                     segment.head * p_.cache.head_stride +
-                    (p_.cache.block_tokens + group % block_groups() * kGroupRows) * 2 * kHeadSize;
+                    (p_.cache.block_tokens + group_of_block * kGroupRows) * 2 * kHeadSize;
     const T* scales = rows + kScalesRow * 2 * kHeadSize;
     Vec offsets[kSteps], steps[kSteps], words[kSpans][kWords];
 #pragma unroll
@@ -238,15 +247,17 @@ class WeighPages {
     float base[kTiles], factor[kTiles];  // a logit is base + factor * integer
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      base[tile] = multiply_offsets(tile, offsets);
+      base[tile] = multiply_offsets(tile, offsets) * log2_scale_;
       const float of_column = scale_query(tile, steps, integers[tile]);
       // This lane's sums are of query head 4 * tile + c, whose columns are 2c and 2c + 1.
-      factor[tile] = __shfl_sync(kAllLanes, of_column, 8 * c_);
+      factor[tile] = __shfl_sync(kAllLanes, of_column, 8 * c_) * log2_scale_;
     }
 
     // Multiply spans of 32 tokens, and sum up pages.
-    Mass mass[kTiles];
     const int page_size = p_.cache.page_size;
+    SoftmaxState begun[kTiles];  // of a page that takes several spans
+#pragma unroll
+    for (SoftmaxState& state : begun) state = no_tokens();
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
       float logits[kTiles][4];
@@ -254,48 +265,42 @@ class WeighPages {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-        for (float& logit : logits[tile]) logit = log2_weight(base[tile] + factor[tile] * logit);
-        mass[tile].add(logits[tile], page_size);
-      }
-      if ((span + 1) * kSpanTokens % min(page_size, kSpanTokens * kSpans) == 0 ||
-          page_size < kSpanTokens) {
-        const int token = span * kSpanTokens + 4 * r_;
-        const bool is_first = page_size < kSpanTokens ? token % page_size == 0 : r_ == 0;
+        for (float& logit : logits[tile]) logit = base[tile] + factor[tile] * logit;
+        if (p_.soft_cap > 0.0f) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const int head = kTileHeads * tile + c_;
-          if (is_first && head < p_.group_size) {
-            masses_of(segment, head, group)[token / page_size] = mass[tile].log2();
-          }
-          mass[tile] = {};
+          for (float& logit : logits[tile]) logit = capped(logit);
+        }
+        SoftmaxState state = weigh(logits[tile], page_size);
+        if (page_size > kSpanTokens) {
+          state = begun[tile] = merge(begun[tile], state).state;
+          if ((span + 1) * kSpanTokens % page_size != 0) continue;
+          begun[tile] = no_tokens();
+        }
+        const int head = kTileHeads * tile + c_;
+        const bool is_first = (4 * r_ & (page_size - 1)) == 0;
+        if (is_first && head < p_.group_size) {
+          masses_of(segment, head, group)[(span * kSpanTokens + 4 * r_) >> log2_page_size_] =
+              mass_of(state);
         }
       }
     }
   }
 
-  // The weights of a page's tokens, which several lanes with the same c may share.
-  struct Mass {
-    float maximum = -INFINITY, sum = 0.0f;
-
-    __device__ void add(const float (&logits)[4], int page_size) {
-      const int lanes = min(page_size, kSpanTokens);  // 4 * r apart, and four tokens each
-      float most = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
-      for (int apart = 4; apart < lanes; apart *= 2) {
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, apart));
-      }
-      most = fmaxf(most, maximum);
-      float weight = 0.0f;
+  // The weights of a span's tokens, summed over those of a page: lanes 4 * r apart have four tokens
+  // each.
+  __device__ SoftmaxState weigh(const float (&logits)[4], int page_size) const {
+    float most = fmaxf(fmaxf(logits[0], logits[1]), fmaxf(logits[2], logits[3]));
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 4));
+    if (page_size > 8) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 8));
+    if (page_size > 16) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 16));
+    float sum = 0.0f;
 #pragma unroll
-      for (const float logit : logits) weight += exp2_fast(logit - most);
-      for (int apart = 4; apart < lanes; apart *= 2) {
-        weight += __shfl_xor_sync(kAllLanes, weight, apart);
-      }
-      sum = (maximum == -INFINITY ? 0.0f : sum * exp2_fast(maximum - most)) + weight;
-      maximum = most;
-    }
-
-    __device__ float log2() const { return maximum + __log2f(sum); }
-  };
+    for (const float logit : logits) sum += exp2_fast(logit - most);
+    sum += __shfl_xor_sync(kAllLanes, sum, 4);
+    if (page_size > 8) sum += __shfl_xor_sync(kAllLanes, sum, 8);
+    if (page_size > 16) sum += __shfl_xor_sync(kAllLanes, sum, 16);
+    return {most, sum};
+  }
 
   // q·offset of query head 4 * tile + c.
   __device__ float multiply_offsets(int tile, const Vec (&offsets)[kSteps]) const {
@@ -391,23 +396,23 @@ class WeighPages {
     }
   }
 
-  // The weight of q·k as an exponent of 2.
-  __device__ float log2_weight(float product) const {
-    if (p_.soft_cap > 0.0f) {
-      const float y = exp2_fast(product * __fdividef(p_.scale, p_.soft_cap) * (2.0f * kLog2E));
-      return p_.soft_cap * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;  // of the tangent
-    }
-    return product * (p_.scale * kLog2E);
+  // The soft cap of a logit, both in units of log2.
+  __device__ float capped(float logit) const {
+    const float y = exp2_fast(logit * __fdividef(2.0f, p_.soft_cap));
+    return p_.soft_cap * kLog2E * (1.0f - __fdividef(2.0f, 1.0f + y));
   }
 
   const ScoreCodesParams& p_;
+  const Divisor& block_groups_;
   Shared& shared_;
   const Schedule& schedule_;
+  const int log2_page_size_;
   const int begin_, end_;
   const int lane_, warp_, r_, c_;
+  const float log2_scale_;
 
-  Segment next_;  // of the group to be scored next
-  int next_block_ = 0;
+  Segment next_;  // of the group to be weighed next
+  int next_block_ = 0, next_group_of_block_ = 0;
 };
 
 // Registers of a thread: 128 where two CTAs share a multiprocessor, else 255.
@@ -416,7 +421,8 @@ constexpr int kResident = kHeadSize <= 128 && kTiles <= 2 ? 2 : 1;
 
 template <typename T, int kHeadSize, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident<kHeadSize, kTiles>)
-    weigh_pages_kernel(const __grid_constant__ ScoreCodesParams p) {
+    weigh_pages_kernel(const __grid_constant__ ScoreCodesParams p,
+                       const __grid_constant__ Divisor block_groups) {
   // grid: [CTAs that the GPU holds]; a CTA weighs its share of all chunks, a warp groups of them.
   using WeighPages = quest::cuda::WeighPages<T, kHeadSize, kTiles>;
   __shared__ typename WeighPages::Shared shared;
@@ -429,51 +435,32 @@ __global__ void __launch_bounds__(kThreads, kResident<kHeadSize, kTiles>)
                    ? WeighPages::chunks_of(seq_len)
                    : 0;
       });
-  WeighPages weigh(p, shared, schedule);
+  WeighPages weigh(p, block_groups, shared, schedule);
   wait_for_previous_kernel();
   release_next_kernel();
   weigh.run();
 }
 
-// The states of neighbouring lanes merged, in all of them.
-__device__ SoftmaxState merge_lanes(SoftmaxState state, int lanes) {
-  for (int apart = 1; apart < lanes; apart *= 2) {
-    const float max_log2 = __shfl_xor_sync(kAllLanes, state.max_log2, apart);
-    state = merge(state, {max_log2, __shfl_xor_sync(kAllLanes, state.sum, apart)}).state;
-  }
-  return state;
-}
-
-// The states of a CTA's threads merged. Called by all of them.
-template <int kNumThreads>
-__device__ SoftmaxState merge_cta(SoftmaxState state,
-                                  SoftmaxState (&of_warps)[kNumThreads / kWarpSize]) {
-  constexpr int kNumWarps = kNumThreads / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  state = merge_lanes(state, kWarpSize);
-  if (lane == 0) of_warps[threadIdx.x / kWarpSize] = state;
-  __syncthreads();
-  state = of_warps[lane % kNumWarps];
-  __syncthreads();  // before the next states
-  return merge_lanes(state, kNumWarps);
-}
-
-constexpr int kScoreThreads = 512;
-constexpr int kMaxGroup = 16;
-constexpr int kLoadsInFlight = 8;
+constexpr int kScoreThreads = 512, kScoreWarps = kScoreThreads / kWarpSize;
+constexpr int kMaxGroup = 16;      // query heads
+constexpr int kLoadsInFlight = 8;  // of a thread
+static_assert(kMaxGroup <= kScoreWarps);
 
 // Not a template: masses have no dtype.
 __global__ void __launch_bounds__(kScoreThreads, 2)
     score_masses_kernel(const __grid_constant__ ScoreCodesParams p) {
   // grid: [CTAs that the GPU holds]; a CTA scores its share of the (row, KV head) pairs.
   extern __shared__ int row_end[];  // [num_rows]
-  __shared__ SoftmaxState of_warps[kScoreThreads / kWarpSize];
+  __shared__ SoftmaxState of_warps[kScoreWarps];
+  __shared__ float totals[kMaxGroup];
   const int page_size = p.cache.page_size;
   const Schedule schedule = Schedule::build<kScoreThreads>(
       gridDim.x, p.rows.num_rows, p.cache.num_kv_heads, row_end, [&](int row) {
         return over_budget(p.rows.seq_lens[row], p.rows.budget_pages[row], page_size) ? 1 : 0;
       });
   const int begin = schedule.begin(blockIdx.x), end = schedule.begin(blockIdx.x + 1);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps_per_head = kScoreWarps / p.group_size;
   wait_for_previous_kernel();
   release_next_kernel();
 
@@ -487,16 +474,18 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
     float* scores =
         p.scores + segment.row * p.scores_row_stride + segment.head * p.scores_head_stride;
 
-    // Weigh all pages of each query head.
-    float totals[kMaxGroup];
-    for (int head = 0; head < p.group_size; ++head) {
+    // Sum up all pages of each query head, some warps a head.
+    const int head = warp / warps_per_head;
+    SoftmaxState state = no_tokens();
+    if (head < p.group_size) {
       const float* of_head = masses + head * p.masses_head_stride;
-      SoftmaxState state = no_tokens();
-      for (int first = threadIdx.x; first < num_pages; first += kLoadsInFlight * kScoreThreads) {
+      const int apart = warps_per_head * kWarpSize;
+      for (int first = warp % warps_per_head * kWarpSize + lane; first < num_pages;
+           first += kLoadsInFlight * apart) {
         float mass[kLoadsInFlight], max_log2 = state.max_log2;
 #pragma unroll
         for (int k = 0; k < kLoadsInFlight; ++k) {
-          const int page = first + k * kScoreThreads;
+          const int page = first + k * apart;
           mass[k] = page < num_pages ? load_once(of_head + page) : -INFINITY;
         }
 #pragma unroll
@@ -505,22 +494,27 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
 #pragma unroll
         for (const float m : mass) state.sum += exp2_fast(m - max_log2);
       }
-      const float total = mass_of(merge_cta<kScoreThreads>(state, of_warps));
-#pragma unroll
-      for (int i = 0; i < kMaxGroup; ++i) {
-        if (i == head) totals[i] = total;  // stays in registers
-      }
     }
+    for (int apart = 1; apart < kWarpSize; apart *= 2) {
+      const float max_log2 = __shfl_xor_sync(kAllLanes, state.max_log2, apart);
+      state = merge(state, {max_log2, __shfl_xor_sync(kAllLanes, state.sum, apart)}).state;
+    }
+    if (lane == 0) of_warps[warp] = state;
+    __syncthreads();
+    if (threadIdx.x < p.group_size) {
+      SoftmaxState all = no_tokens();
+      for (int i = 0; i < warps_per_head; ++i) {
+        all = merge(all, of_warps[threadIdx.x * warps_per_head + i]).state;
+      }
+      totals[threadIdx.x] = mass_of(all);
+    }
+    __syncthreads();
 
-    // Score each page by the head that it means most to.
+    // Score each page by the query head that it means most to.
     for (int page = threadIdx.x; page < num_pages; page += kScoreThreads) {
       float score = -INFINITY;
-#pragma unroll
-      for (int head = 0; head < kMaxGroup; ++head) {
-        if (head < p.group_size) {
-          const float mass = load_once(masses + head * p.masses_head_stride + page);
-          score = fmaxf(score, mass - totals[head]);
-        }
+      for (int i = 0; i < p.group_size; ++i) {
+        score = fmaxf(score, load_once(masses + i * p.masses_head_stride + page) - totals[i]);
       }
       scores[page] = page < num_coded ? score : score_without_codes(page);
     }
@@ -531,7 +525,8 @@ template <typename T, int kHeadSize, int kTiles>
 cudaError_t launch_weigh_pages(const ScoreCodesParams& params, cudaStream_t stream) {
   return launch(weigh_pages_kernel<T, kHeadSize, kTiles>,
                 kResident<kHeadSize, kTiles> * num_multiprocessors(), kThreads,
-                params.rows.num_rows * sizeof(int), stream, params);
+                params.rows.num_rows * sizeof(int), stream, params,
+                Divisor(params.cache.block_tokens / kGroupTokens));
 }
 
 cudaError_t weigh_pages(const ScoreCodesParams& params, cudaStream_t stream) {
