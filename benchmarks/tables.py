@@ -46,6 +46,21 @@ METHODS = {
 }
 """Names of the methods of `benchmarks.accuracy`, in the order of a table's rows."""
 
+CHOICES = {
+    "full attention": "full attention",
+    "full attention, computed another way": "full attention, computed another way",
+    "oracle mass, p16": "oracle by mass",
+    "min/max, p16": "`minmax`, nothing kept",
+    "min/max, p16 +0": "`minmax`, first page",
+    "min/max, p16 +25": "`minmax`, first page + 25 %",
+    "min/max 4 bits, p4 +25": "4-bit bounds, pages of 4, first page + 25 %",
+    "keys 2 bits, mass, p16 +0": "2-bit keys, first page",
+    "keys 2 bits, mass, p16 +25": "2-bit keys, first page + 25 %",
+    "keys 1 bit, mass, p16 +25": "1-bit keys, first page + 25 %",
+    "StreamingLLM, p16": "StreamingLLM",
+}
+"""Methods of `benchmarks.choosing` that tables show, and their names, in the order of the rows."""
+
 
 def render(text: str) -> str:
     """A document with each of its marked tables as the JSON has it."""
@@ -71,16 +86,22 @@ def caption(results: Iterable[Result]) -> str:
     """The line below a table: what it was measured on, and how."""
     parts = []
     for result in results:
-        machine = result.get("machine") or _parse_machine(result["machines"][0])
-        versions = f"vLLM {machine['vllm']}, torch {machine['torch']}"
+        machine = result.get("machine") or result["machines"][0]
+        if isinstance(machine, str):
+            machine = _parse_machine(machine)
+        names = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers"}
+        versions = ", ".join(f"{names[key]} {machine[key]}" for key in names if key in machine)
         command = re.sub(r" --(json \S+|report-only)", "", result["command"])
         parts.append(f"on {machine['device']} ({versions}) by `{command}`")
     return f"*Measured {'; '.join(parts)}.*"
 
 
 def _parse_machine(text: str) -> dict[str, str]:
-    """A machine as the accuracy reports write it: `device: NVIDIA H200, vllm: 0.32.0, ...`."""
-    return dict(re.findall(r"(device|vllm|torch): (.+?)(?=, (?:vllm|torch): |$)", text))
+    """A machine as reports write it: `device: NVIDIA H200, vllm: 0.32.0, torch: 2.11.0`, or, those
+    of `benchmarks.choosing`, `NVIDIA H200, torch 2.11.0, transformers 5.17.0`."""
+    keys = "vllm|torch|transformers"
+    device, *versions = re.split(rf", (?=(?:{keys}):? )", text.removeprefix("device: "))
+    return {"device": device, **dict(re.split(":? ", version) for version in versions)}
 
 
 # Speed.
@@ -186,7 +207,7 @@ def accuracy(
     lines: dict[str, dict[int, Any]] = {}
     for result in results:
         for row in _of(result, task, int(context), int(dense)):
-            name = METHODS[row["method"]] + _page_size(result, row["method"])
+            name = METHODS[row["method"]] + _settings(result, row["method"])
             lines.setdefault(name, {})[row["token_budget"]] = row["estimate"]
     columns = sorted({budget for cells in lines.values() for budget in cells} - {FULL})
     for name in sorted(lines, key=lambda name: [*METHODS.values()].index(name.split(",")[0])):
@@ -214,6 +235,31 @@ def by_context(result: Result, *, task: str, method: str = "quest") -> Iterable[
             **{str(budget): _mean(found.get(budget), task) for budget in columns},
             "full attention": _mean(found[FULL], task),
         }
+
+
+def choices(*results: Result, measure: str) -> Iterable[Cells]:
+    """Of `benchmarks.choosing`: agreement with full attention, or facts answered.
+
+    A later report gives the methods that those before it lack, and its number of windows.
+    """
+    lines: dict[str, Cells] = {}
+    for result in results:
+        windows = "" if result is results[0] else f" ({result['windows']} windows)"
+        budgets = result["settings"]["budgets"]
+        for method, choice in CHOICES.items():
+            found = {
+                row["token_budget"]: row[measure]
+                for row in result["rows"]
+                if row["method"] == method and row[measure] is not None
+            }
+            is_certain = method == "full attention" and measure == "agreement"
+            if found and not is_certain and method not in lines:
+                lines[method] = {
+                    f"{measure} (%) by token budget": choice + windows,
+                    **{str(budget): _with_interval(found.get(budget)) for budget in budgets},
+                    "no limit": _with_interval(found.get(0)),
+                }
+    return [lines[method] for method in CHOICES if method in lines]
 
 
 def countings(result: Result, *, context: str, dense: str, budget: str) -> Iterable[Cells]:
@@ -254,10 +300,22 @@ def _of(result: Result, task: str, context: int, dense: int) -> list[dict[str, A
     return [row for row in result["rows"] if case.items() <= row.items()]
 
 
-def _page_size(result: Result, method: str) -> str:
-    """What QUEST's name needs where its pages were not of the default size."""
-    quest = result["settings"]["engine_args"].get("additional_config", {}).get("quest", {})
-    return f", pages of {quest['page_size']}" if method == "quest" and "page_size" in quest else ""
+def _settings(result: Result, method: str) -> str:
+    """What QUEST's name needs where its pages were not of the default size, or some were kept.
+
+    Reports that do not say what was kept are from before the first page was kept by default.
+    """
+    if method != "quest":
+        return ""
+    settings = result["settings"]
+    quest = settings["engine_args"].get("additional_config", {}).get("quest", {})
+    kept = settings.get("kept", {})
+    first = kept.get("first_pages", quest.get("keep_first_pages", 0))
+    newest = kept.get("newest_percent", quest.get("keep_newest_percent", 0))
+    parts = [f"pages of {quest['page_size']}"] if "page_size" in quest else []
+    parts += [f"first {'page' if first == 1 else f'{first} pages'} kept"] if first else []
+    parts += [f"newest {newest} % kept"] if newest else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _unit(task: str) -> str:
@@ -279,11 +337,18 @@ def _interval(estimate: dict[str, float] | None, task: str) -> str:
     return f"{low:.1f}-{high:.1f}" if task == "perplexity" else f"{100 * low:.0f}-{100 * high:.0f}"
 
 
+def _with_interval(estimate: dict[str, float] | None) -> str:
+    if estimate is None:
+        return "-"
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} ({low:.1f}-{high:.1f})"
+
+
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
         *(whole_models, layers, budgets, captures, prefills, cpu_models),
-        *(accuracy, by_context, countings, page_scores),
+        *(accuracy, by_context, choices, countings, page_scores),
     )
 }
 

@@ -30,6 +30,9 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)
     """Engine options."""
 
+    is_hybrid: bool = False
+    """Whether layers of other kinds keep states beside the attention layers' keys and values."""
+
     needs_gpu: str = ""
     """Why vLLM 0.32 does not run it on CPUs, with any backend; empty where it does."""
 
@@ -282,6 +285,7 @@ FAMILIES = {
         heads(8, 1, 256) | GDN | experts(shared_expert_intermediate_size=64),
         1,
         options=BF16,
+        is_hybrid=True,
     ),
     "Qwen3.5": Family(
         "Qwen3_5ForCausalLM",
@@ -289,6 +293,7 @@ FAMILIES = {
         heads(4, 1, 256) | GDN,
         1,
         needs_gpu="its module imports torchvision, which vLLM for CPUs goes without",
+        is_hybrid=True,
     ),
     "Nemotron-H": Family(
         "NemotronHForCausalLM",
@@ -304,6 +309,7 @@ FAMILIES = {
         },
         1,
         options=MAMBA_2,
+        is_hybrid=True,
     ),
     "Granite 4": Family(
         "GraniteMoeHybridForCausalLM",
@@ -322,6 +328,7 @@ FAMILIES = {
         },
         1,
         options=MAMBA_2,
+        is_hybrid=True,
     ),
     "Falcon-H1": Family(
         "FalconH1ForCausalLM",
@@ -330,6 +337,7 @@ FAMILIES = {
         | {"mamba_d_ssm": 256, "mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16},
         2,
         options=MAMBA_2,
+        is_hybrid=True,
     ),
     "LFM2": Family(
         "Lfm2ForCausalLM",
@@ -347,6 +355,7 @@ FAMILIES = {
         },
         1,
         in_ci=True,
+        is_hybrid=True,
     ),
     "Llama 4": Family(
         "Llama4ForCausalLM",

@@ -172,6 +172,7 @@ class Layer:
 
     def __init__(self, page_size):
         self.quest = type("Quest", (), {"page_size": page_size})
+        self.kept = {}
 
 
 def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):

@@ -9,7 +9,12 @@ from vllm_quest.config import QuestConfig
 
 def test_defaults():
     assert QuestConfig.from_settings({}) == QuestConfig(
-        token_budget=2048, dense_layers=2, page_size=16, score="minmax"
+        token_budget=2048,
+        dense_layers=2,
+        page_size=16,
+        score="minmax",
+        keep_first_pages=1,
+        keep_newest_percent=0,
     )
 
 

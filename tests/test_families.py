@@ -63,6 +63,8 @@ def write_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
     def write(name: str) -> str:
+        if FAMILIES[name].is_hybrid:  # requests have budgets of their own with V1 alone
+            monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
         (tmp_path / "config.json").write_text(json.dumps(FAMILIES[name].config))
         return str(tmp_path)
 
@@ -116,6 +118,22 @@ def test_a_hybrid_with_cached_prefixes(block_size, write_family):
     assert all(map(agree, dense, ours))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="vLLM's V2 model runner needs a GPU")
+def test_a_hybrid_under_the_v2_runner(write_family, monkeypatch):
+    model, prompts = write_family("LFM2"), random_prompts(LENGTHS)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with engine(model, backend=DENSE, **OPTIONS) as llm:
+        dense = answers(llm, prompts, greedy(NUM_TOKENS))
+    with engine(model, quest=QUEST | {"token_budget": -1}, **OPTIONS) as llm:
+        assert agree(dense, answers(llm, prompts, greedy(NUM_TOKENS)))
+    with engine(model, quest=QUEST, **OPTIONS) as llm, check_operators() as checked:
+        token_ids(llm, prompts, greedy(NUM_TOKENS))
+        with pytest.raises(ValueError, match=r"in hybrid models: set VLLM_USE_V2_MODEL_RUNNER=0"):
+            token_ids(llm, prompts, COVERING)
+    assert checked.decodes > 0
+
+
 def test_a_hybrid_in_blocks_of_three_pages(write_family):
     model, prompts = write_family("LFM2"), random_prompts(LENGTHS)
     options = OPTIONS | {"enable_prefix_caching": False}
@@ -160,7 +178,6 @@ def test_windowed_layers_may_keep_their_own_backend(write_family):
 
 IN_A_FRESH_PROCESS = """
 import sys
-from vllm import EngineArgs
 model = sys.argv[1]
 config = {"backend": "QUEST", "backend_per_kind": {"full_attention": "QUEST"}}
 try:

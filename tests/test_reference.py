@@ -105,6 +105,28 @@ def test_equal_scores_go_to_the_lower_page() -> None:
     assert pages.tolist() == [[[0, 1, 3, 5]]]
 
 
+@pytest.mark.parametrize(
+    ("budget", "first", "percent", "chosen"),
+    [
+        (1, 1, 0, [5]),
+        (2, 1, 0, [0, 5]),
+        (3, 1, 0, [0, 3, 5]),
+        (3, 4, 0, [0, 1, 5]),
+        (4, 1, 50, [0, 3, 4, 5]),
+        (3, 1, 100, [3, 4, 5]),
+    ],
+)
+def test_what_is_kept_stays_within_the_budget(
+    budget: int, first: int, percent: int, chosen: list[int]
+) -> None:
+    """The newest page comes before those at the front."""
+    pages = torch.zeros(1, 1, budget, dtype=torch.int32)
+    scores = torch.tensor([[[0.0, 1.0, 2.0, 5.0, 0.0, 0.0]]])
+    kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    reference.select(scores, rows_to_select([6 * 8], [budget]), pages, page_size=8, **kept)
+    assert pages.tolist() == [[chosen]]
+
+
 def test_bounds_are_taken_over_the_tokens_up_to_the_last_written() -> None:
     cache = torch.full((2, 1, 9, 32), 9.0)
     key = torch.arange(3.0).view(3, 1, 1).expand(3, 1, 16)

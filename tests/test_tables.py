@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks.tables import DOCUMENTS, FULL, MARKED, RENDERERS, ROOT, markdown, render
+from benchmarks.tables import DOCUMENTS, FULL, MARKED, RENDERERS, ROOT, accuracy, markdown, render
 
 TABLE = re.compile(r"(?:^|\n)([^|\n][^\n]*|)\n((?:\|[^\n]*\n)+)")
 """A table, with the line above it."""
@@ -76,6 +76,29 @@ def test_cells_are_the_json_rounded():
     }
     assert FULL not in shares
     assert f"| QUEST | {' | '.join(shares.values())} | - |" in readme
+
+
+@pytest.mark.parametrize(
+    ("quest", "kept", "name"),
+    [
+        ({}, None, "QUEST"),
+        ({}, {"first_pages": 1, "newest_percent": 0}, "QUEST, first page kept"),
+        ({"keep_first_pages": 2}, None, "QUEST, first 2 pages kept"),
+        (
+            {"page_size": 8, "keep_first_pages": 0, "keep_newest_percent": 25},
+            {"first_pages": 0, "newest_percent": 25},
+            "QUEST, pages of 8, newest 25 % kept",
+        ),
+    ],
+)
+def test_quest_is_named_by_what_it_keeps(quest, kept, name):
+    """A report without `kept` is from before the first page was kept by default."""
+    settings = {"engine_args": {"additional_config": {"quest": quest}}}
+    row = {"task": "key_value", "context_tokens": 64, "dense_layers": 0, "method": "quest"}
+    row |= {"token_budget": 32, "estimate": {"mean": 1.0, "low": 1.0, "high": 1.0}}
+    result = {"settings": settings | ({"kept": kept} if kept else {}), "rows": [row]}
+    (cells,) = accuracy(result, task="key_value", context="64", dense="0")
+    assert name in cells.values()
 
 
 def test_markdown():

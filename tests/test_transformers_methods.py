@@ -19,6 +19,7 @@ from benchmarks.accuracy.layer_caches import (
 )
 from benchmarks.accuracy.transformers_methods import METHODS, TransformersEngine
 from engines import VOCABULARY, engine, token_ids, write_model, write_weights
+from vllm_quest.config import QuestConfig
 from vllm_quest.pass_keys import make_haystack
 
 HEADS, KV_HEADS, HEAD_SIZE, TEXT = 6, 2, 16, 75
@@ -63,7 +64,7 @@ def test_received_attention_is_the_column_sum_whatever_the_chunks(monkeypatch) -
     [
         lambda text, budget: H2OCache([text] * 3, budget),
         lambda text, budget: TovaCache([text] * 3, budget),
-        lambda text, budget: QuestCache(text, 3, budget, 9, "minmax"),
+        lambda text, budget: QuestCache(text, 3, budget, 9, QuestConfig()),
     ],
     ids=["h2o", "tova", "quest"],
 )
@@ -201,13 +202,14 @@ def test_windows_are_refused(tmp_path: Path) -> None:
         run.run(prompts(15, 4, 1), "h2o", [-1], ignore)
 
 
-def test_quest_agrees_with_vllm(demo_model: str) -> None:
+@pytest.mark.parametrize("kept", [{}, {"keep_first_pages": 0}, {"keep_newest_percent": 50}])
+def test_quest_agrees_with_vllm(demo_model: str, kept: dict[str, int]) -> None:
     """vLLM's decode steps begin with the answer's first token: so does the question here."""
     haystack = make_haystack(2048, 32, seed=5)
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     asked = [haystack.prompt(fact) for fact in haystack.facts[:5]]
     budget = 64  # a budget that loses some answers
-    quest = {"token_budget": budget, "dense_layers": 0}
+    quest = {"token_budget": budget, "dense_layers": 0, **kept}
     with engine(demo_model, quest=quest, dtype="float32") as llm:
         in_vllm = token_ids(llm, asked, SamplingParams(temperature=0, max_tokens=5))
     in_vllm = [
@@ -217,8 +219,9 @@ def test_quest_agrees_with_vllm(demo_model: str) -> None:
         Prompt(tuple(tokenizer(text).input_ids), answer[:1], 4)
         for text, answer in zip(asked, in_vllm, strict=True)
     ]
-    options = {"dense_layers": 0, "max_model_len": 4096, "device": "cpu"}
-    with TransformersEngine(demo_model, **options) as run:
+    settings = {"dense_layers": 0, "max_model_len": 4096, "device": "cpu"}
+    options = {"additional_config": {"quest": kept}}
+    with TransformersEngine(demo_model, options=options, **settings) as run:
         found = run.run(given, "quest-hf", [budget] * len(given), ignore)
     assert [p.question + a.tokens for p, a in zip(given, found, strict=True)] == in_vllm
     right = [

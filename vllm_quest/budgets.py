@@ -74,6 +74,13 @@ def why_undelivered(vllm_config: "VllmConfig") -> str | None:
             "vLLM's V1 model runner keeps it from plugins while speculating: use the V2 runner, or "
             "remove --speculative-config"
         )
+    model = vllm_config.model_config
+    if model is not None and model.is_hybrid and vllm_config.use_v2_model_runner:
+        # No `req_idx` in the batches of vllm/v1/worker/gpu/model_states/mamba_hybrid.py
+        return (
+            "vLLM's V2 model runner does not tell which request is which in hybrid models: set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     return None
 
 

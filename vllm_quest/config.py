@@ -53,9 +53,11 @@ class QuestConfig:
     needs the first page kept. At pages of 16 tokens, bounds take 1/17 of the memory and codes 9/137.
     Engines that hand each other stored KV must agree on it."""
 
-    keep_first_pages: int = 0
+    keep_first_pages: int = 1
     """Pages at the front that rows over their budget attend to whatever their scores, within the
-    budget: many models put much of their attention on the first tokens (attention sinks)."""
+    budget: many models put much of their attention on the first tokens (attention sinks). The
+    newest page comes before them, so a budget of one page is the newest alone. The paper's method
+    is 0."""
 
     keep_newest_percent: int = 0
     """The share of the budget, 0 to 100 percent, that goes to the newest pages whatever their

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_quest import reference
-from vllm_quest.config import Score
+from vllm_quest.config import QuestConfig
 from vllm_quest.ops import Rows
 
-PAGE_SIZE = 16
 MAX_CHUNK_ELEMENTS = 2**24
 """Of the attention weights that are held at once while they are summed up."""
 
@@ -249,26 +248,27 @@ class QuestCache:
     """
 
     def __init__(
-        self, text: ReadText, num_rows: int, token_budget: int, num_steps: int, score: Score
+        self, text: ReadText, num_rows: int, token_budget: int, num_steps: int, quest: QuestConfig
     ) -> None:
         num_kv_heads, num_tokens, head_size = text.key.shape
-        shared = num_tokens // PAGE_SIZE
-        own = reference.num_pages(num_tokens - shared * PAGE_SIZE + num_steps, PAGE_SIZE)
+        page_size = quest.page_size
+        shared = num_tokens // page_size
+        own = reference.num_pages(num_tokens - shared * page_size + num_steps, page_size)
         pages = shared + num_rows * own
-        self._score = score
-        self._cache = text.key.new_zeros(pages, num_kv_heads, PAGE_SIZE + 1, 2 * head_size)
+        self._quest = quest
+        self._cache = text.key.new_zeros(pages, num_kv_heads, page_size + 1, 2 * head_size)
         own_pages = torch.arange(shared, pages).view(num_rows, own)
         shared_pages = torch.arange(shared).expand(num_rows, -1)
         self._tables = torch.cat((shared_pages, own_pages), dim=1).int()
         self._lengths = torch.zeros(num_rows, dtype=torch.int32)
-        num_pages = reference.num_pages(token_budget, PAGE_SIZE)
+        num_pages = reference.num_pages(token_budget, page_size)
         self._budget_pages = torch.full((num_rows,), num_pages, dtype=torch.int32)
         self._scores = torch.empty(num_rows, num_kv_heads, shared + own)
         self._pages = torch.empty(num_rows, num_kv_heads, num_pages, dtype=torch.int32)
 
         key, value = text.key.transpose(0, 1), text.value.transpose(0, 1)
         for row in range(num_rows):
-            first = 0 if row == 0 else shared * PAGE_SIZE
+            first = 0 if row == 0 else shared * page_size
             self._write(row, key[first:], value[first:], first)
         self._lengths.fill_(num_tokens)
 
@@ -278,19 +278,30 @@ class QuestCache:
             self._write(row, key[row : row + 1], value[row : row + 1], length)
         self._lengths += 1
         rows = Rows(self._tables, self._lengths, self._budget_pages)
-        reference.score(query, self._cache, rows, self._scores, page_size=PAGE_SIZE)
-        reference.select(self._scores, rows, self._pages, page_size=PAGE_SIZE)
+        page_size = self._quest.page_size
+        reference.score(query, self._cache, rows, self._scores, page_size=page_size)
+        reference.select(
+            self._scores,
+            rows,
+            self._pages,
+            page_size=page_size,
+            keep_first_pages=self._quest.keep_first_pages,
+            keep_newest_percent=self._quest.keep_newest_percent,
+        )
         out = torch.empty_like(query)
         reference.sparse_decode(
-            query, self._cache, rows, self._pages, out, page_size=PAGE_SIZE, scale=scale
+            query, self._cache, rows, self._pages, out, page_size=page_size, scale=scale
         )
         return out
 
     def _write(self, row: int, key: Tensor, value: Tensor, position: int) -> None:
         positions = torch.arange(position, position + len(key))
-        pages = self._tables[row, positions // PAGE_SIZE].long()
-        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        reference.write_kv(key, value, self._cache, slots, page_size=PAGE_SIZE, score=self._score)
+        page_size = self._quest.page_size
+        pages = self._tables[row, positions // page_size].long()
+        slots = pages * page_size + positions % page_size
+        reference.write_kv(
+            key, value, self._cache, slots, page_size=page_size, score=self._quest.score
+        )
 
 
 Cache = FullCache | EvictingCache | QuestCache

@@ -227,5 +227,6 @@ class Measurement:
                 dense_layers=dense_layers,
                 score=score,
                 max_model_len=longest + 1,
+                options=self.plan.engine_args,
             ) as engine:
                 yield engine

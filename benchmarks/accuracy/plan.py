@@ -8,6 +8,7 @@ from benchmarks.accuracy.cells import FULL, Cell
 from benchmarks.accuracy.tasks import ALL, Request
 from benchmarks.accuracy.tasks.base import Filler
 from benchmarks.accuracy.tokens import Language, Tokens
+from vllm_quest.config import QuestConfig
 
 SCORED_METHODS = ("quest", "quest-hf")
 """Methods that a page score belongs to."""
@@ -46,7 +47,14 @@ class Plan:
     engine_args: dict[str, Any] = field(default_factory=dict)
 
     def sample_settings(self) -> dict[str, Any]:
-        """What the grades depend on beside the cell."""
+        """What the grades depend on beside the cell.
+
+        Raises:
+            ValueError: the engine arguments hold a bad setting of QUEST.
+        """
+        quest = QuestConfig.from_settings(
+            self.engine_args.get("additional_config", {}).get("quest", {})
+        )
         return {
             "model": self.model,
             "language": self.language,
@@ -58,6 +66,10 @@ class Plan:
             "longbench": str(self.longbench),
             "engine_args": {
                 key: value for key, value in self.engine_args.items() if key not in SPEED_ARGS
+            },
+            "kept": {
+                "first_pages": quest.keep_first_pages,
+                "newest_percent": quest.keep_newest_percent,
             },
         }
 

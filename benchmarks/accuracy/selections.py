@@ -10,7 +10,8 @@ They take the place of `impl.choose_by_score` within the harness; no user settin
                head's softmax over the whole context, the maximum over the query heads that share
                the KV head.
 
-All choose per KV head, as QUEST does, keep the newest page and count it in the budget.
+All choose per KV head and keep, within the budget, what QUEST's settings keep: by default the first
+and the newest page.
 """
 
 import math
@@ -44,7 +45,7 @@ def _chooser(score_pages: PageScores) -> Chooser:
         pages: Tensor,
     ) -> None:
         score_pages(impl, query, kv_cache, rows, scores)
-        ops.select(scores, rows, pages, page_size=impl.quest.page_size)
+        ops.select(scores, rows, pages, page_size=impl.quest.page_size, **impl.kept)
 
     return choose
 

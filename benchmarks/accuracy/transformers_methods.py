@@ -29,7 +29,7 @@ from benchmarks.accuracy.layer_caches import (
     TovaCache,
     read_densely,
 )
-from vllm_quest.config import UNLIMITED, Score
+from vllm_quest.config import UNLIMITED, QuestConfig, Score
 
 METHODS = ("h2o", "tova", "quest-hf", "full-hf")
 ATTENTION = "vllm_quest_accuracy"
@@ -134,6 +134,7 @@ class TransformersEngine:
         dense_layers: int,
         score: Score = "minmax",
         max_model_len: int,
+        options: dict[str, Any] | None = None,
         device: str | None = None,
     ) -> None:
         """
@@ -142,11 +143,15 @@ class TransformersEngine:
             dense_layers: layers at the front that attend in full under every method.
             score: QUEST's, see `QuestConfig`.
             max_model_len: the longest prompt with its answer, in tokens.
+            options: as `VllmEngine` takes them; read is QUEST's part alone, for `quest-hf`.
             device: by default the GPU where there is one.
         """
+        quest: dict[str, Any] = (options or {}).get("additional_config", {}).get("quest", {})
+        if score != "minmax":
+            quest = quest | {"score": score}
         self._name = model
         self._dense_layers = dense_layers
-        self._score = score
+        self._quest = QuestConfig.from_settings(quest)
         self._max_model_len = max_model_len
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = None
@@ -280,7 +285,7 @@ class TransformersEngine:
         if layer < self._dense_layers or token_budget == UNLIMITED or method == "full-hf":
             return FullCache(texts)
         if method == "quest-hf":
-            return QuestCache(texts[0], len(texts), token_budget, num_steps, self._score)
+            return QuestCache(texts[0], len(texts), token_budget, num_steps, self._quest)
         kind = {"h2o": H2OCache, "tova": TovaCache}[method]
         return kind(texts, token_budget)
 
