@@ -1,6 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and a C++ compiler; they make .venv themselves.
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,8 +24,9 @@ help:
 demo: env
 	$(BIN)/vllm-quest demo
 
+# A file's tests stay in one process, where they share engines.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # More threads than cores make the reference crawl under these tools.
 sanitize: $(VENV)/.dev

@@ -150,6 +150,26 @@ def budgets(result: Result) -> Iterable[Cells]:
         }
 
 
+def coded(*results: Result) -> Iterable[Cells]:
+    """Of `kernels.py --score codes`: attention alone. The last result is the reference table."""
+    *of_codes, reference = results
+    minmax = {row["rows x context, heads"]: row for row in reference["rows"]}
+    for row in sorted(
+        (row for result in of_codes for row in result["rows"]),
+        key=lambda row: ([*minmax].index(row["rows x context, heads"]), row["budget"]),
+    ):
+        other = minmax[row["rows x context, heads"]]
+        yield {
+            "rows x context, heads": row["rows x context, heads"],
+            "budget (tokens)": str(row["budget"]),
+            "scoring, `codes` (µs)": _us(row["score µs"]),
+            "QUEST, `codes` (µs)": _us(row["total µs"]),
+            "QUEST, `minmax`, 2048 (µs)": _us(other["total µs"]),
+            "FA3 (µs)": _us(other["FA3 µs"]),
+            "speed-up of `codes` over FA3": f"{other['FA3 µs'] / row['total µs']:.1f}x",
+        }
+
+
 def captures(result: Result) -> Iterable[Cells]:
     """Of `kernels.py --captured-for`: a case's row, a column for each capture."""
     cases: dict[str, Cells] = {}
@@ -281,6 +301,17 @@ def countings(result: Result, *, context: str, dense: str, budget: str) -> Itera
         }
 
 
+def scores(result: Result, *, task: str, context: str) -> Iterable[Cells]:
+    """QUEST's page scores without dense layers, a column for each budget."""
+    lines: dict[str, Cells] = {}
+    for row in _of(result, task, int(context), 0):
+        if row["token_budget"] != FULL:
+            score = f"`{row['method'].removeprefix('quest (').removesuffix(')')}`"
+            line = lines.setdefault(score, {_unit(task): score})
+            line[str(row["token_budget"])] = _mean(row["estimate"], task)
+    return lines.values()
+
+
 def page_scores(*results: Result, budget: str) -> Iterable[Cells]:
     """QUEST's page scores, a column for each report."""
     lines: dict[str, Cells] = {}
@@ -347,8 +378,8 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, layers, budgets, captures, prefills, cpu_models),
-        *(accuracy, by_context, choices, countings, page_scores),
+        *(whole_models, layers, budgets, captures, coded, prefills, cpu_models),
+        *(accuracy, by_context, choices, countings, scores, page_scores),
     )
 }
 

@@ -354,7 +354,7 @@ WRITE_ERRORS = [
     ),
     (
         change(kv_cache=torch.zeros(3, 2, 10, 64).bfloat16()),
-        r"shape: kv_cache must hold page_size \+ 1 = 9 rows per page",
+        r"shape: kv_cache must hold 9 rows per 8 tokens",
     ),
     (
         change(kv_cache=torch.zeros(3, 9, 2, 64).bfloat16().transpose(1, 2)),
@@ -364,7 +364,7 @@ WRITE_ERRORS = [
     (change(slot_mapping=torch.zeros(2, dtype=torch.int32)), "dtype: slot_mapping must be Long"),
     (change(slot_mapping=torch.zeros(3).long()), "shape: slot_mapping must have at most key's 2"),
     (change(page_size=12), "shape: page_size must be a positive multiple of 8, got 12"),
-    (change(score="mean"), "values: score must be minmax, mean_std or mid_dev, got mean"),
+    (change(score="mean"), "values: score must be minmax, mean_std, mid_dev or codes, got mean"),
 ]
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.models import registry
@@ -129,7 +130,9 @@ def test_a_hybrid_under_the_v2_runner(write_family, monkeypatch):
         assert agree(dense, answers(llm, prompts, greedy(NUM_TOKENS)))
     with engine(model, quest=QUEST, **OPTIONS) as llm, check_operators() as checked:
         token_ids(llm, prompts, greedy(NUM_TOKENS))
-        with pytest.raises(ValueError, match=r"in hybrid models: set VLLM_USE_V2_MODEL_RUNNER=0"):
+        with pytest.raises(
+            VLLMValidationError, match=r"in hybrid models: set VLLM_USE_V2_MODEL_RUNNER=0"
+        ):
             token_ids(llm, prompts, COVERING)
     assert checked.decodes > 0
 

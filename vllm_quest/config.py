@@ -50,7 +50,7 @@ class QuestConfig:
     (middle of the extremes ∓ mean deviation from it) are estimates, which a key may exceed.
     `codes` keeps every key in 2 bits and ranks pages by the share of the attention that they are
     estimated to hold; page_size must divide 128, and vLLM's block size be a multiple of 128. It
-    needs the first page kept. At pages of 16 tokens, bounds take 1/17 of the memory and codes 9/137.
+    needs the first page kept. At pages of 16 tokens bounds take 1/17 of the memory, codes 9/137.
     Engines that hand each other stored KV must agree on it."""
 
     keep_first_pages: int = 1

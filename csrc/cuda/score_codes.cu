@@ -32,6 +32,12 @@ constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: its low bits are an intege
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kSmallest = 1e-30f;  // products below it count as none
 
+__device__ __forceinline__ int log2_of(int power) {
+  int log2 = 0;
+  while (1 << log2 < power) ++log2;
+  return log2;
+}
+
 __device__ __forceinline__ float mass_of(const SoftmaxState& state) {
   return state.max_log2 + __log2f(state.sum);
 }
@@ -69,7 +75,7 @@ class WeighPages {
         block_groups_(block_groups),
         shared_(shared),
         schedule_(schedule),
-        log2_page_size_(31 - __clz(p.cache.page_size)),
+        log2_page_size_(log2_of(p.cache.page_size)),
         begin_(schedule.begin(blockIdx.x)),
         end_(schedule.begin(blockIdx.x + 1)),
         lane_(threadIdx.x % kWarpSize),
