@@ -171,7 +171,7 @@ class Layer:
     soft_cap = 0.0
 
     def __init__(self, page_size):
-        self.quest = type("Quest", (), {"page_size": page_size})
+        self.quest = type("Quest", (), {"page_size": page_size, "score": "minmax"})
         self.kept = {}
 
 
