@@ -6,15 +6,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 import vllm_quest
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
-from vllm_quest.budgets import SERVER_DEFAULT, requested_budget
+from vllm_quest.budgets import SERVER_DEFAULT, requested_budget, why_undelivered
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024], None, {}])
@@ -117,6 +122,74 @@ def test_budgets_follow_their_requests(model, monkeypatch, v2_runner):
     for _, row_budgets in by_mark:
         assert len(row_budgets - {ops.UNLIMITED_PAGES}) <= 1
     assert set.union(*(row_budgets for _, row_budgets in by_mark)) == pages
+
+
+class Builder:
+    """Keeps the batch that vLLM would have metadata made of."""
+
+    supports_update_block_table = False
+    kv_cache_spec = None
+    layer_names = ("layer",)
+
+    def get_metadata_builder(self, *_):
+        return self
+
+    def build_metadata(self, batch, *_):
+        self.batch = batch
+
+
+def batch_of_v2(model_state):
+    """The batch of three decode rows that the V2 runner's model state hands to QUEST."""
+    state = object.__new__(model_state)
+    state.supports_mm_inputs = state._align_mode = False
+    state.recoverssm = None
+    state.vllm_config = SimpleNamespace(num_speculative_tokens=0)
+    builder = Builder()
+    state.prepare_attn(
+        InputBatch.make_dummy(3, 3, InputBuffers(3, 3, torch.device("cpu"))),
+        CUDAGraphMode.NONE,
+        block_tables=(torch.zeros(3, 1, dtype=torch.int32),),
+        slot_mappings=torch.zeros(1, 3, dtype=torch.int64),
+        attn_groups=[[builder]],
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
+    )
+    return builder.batch
+
+
+def config_of_engine(*, is_v2=True, is_hybrid=False, speculates=False):
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=object() if speculates else None,
+        model_config=SimpleNamespace(is_hybrid=is_hybrid),
+        use_v2_model_runner=is_v2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_state", "is_hybrid"), [(DefaultModelState, False), (MambaHybridModelState, True)]
+)
+def test_budgets_are_served_where_v2_tells_which_request_is_which(model_state, is_hybrid):
+    """Where vLLM begins to tell it, the refusal can go."""
+    is_told = batch_of_v2(model_state).req_idx is not None
+    assert (why_undelivered(config_of_engine(is_hybrid=is_hybrid)) is None) == is_told
+
+
+@pytest.mark.parametrize("is_v2", [True, False])
+@pytest.mark.parametrize("is_hybrid", [True, False])
+@pytest.mark.parametrize("speculates", [True, False])
+def test_a_refusal_names_a_cure_that_cures(is_v2, is_hybrid, speculates):
+    engine = {"is_v2": is_v2, "is_hybrid": is_hybrid, "speculates": speculates}
+    reason = why_undelivered(config_of_engine(**engine))
+    if reason is None:
+        return
+    cure = reason.partition(": ")[2]
+    if "VLLM_USE_V2_MODEL_RUNNER=0" in cure:
+        engine["is_v2"] = False
+    elif "use the V2 runner" in cure:
+        engine["is_v2"] = True
+    if "remove --speculative-config" in cure and " or " not in cure:
+        engine["speculates"] = False
+    assert why_undelivered(config_of_engine(**engine)) is None
 
 
 PIPELINE = """

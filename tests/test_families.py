@@ -181,6 +181,7 @@ def test_windowed_layers_may_keep_their_own_backend(write_family):
 
 IN_A_FRESH_PROCESS = """
 import sys
+from vllm import EngineArgs
 model = sys.argv[1]
 config = {"backend": "QUEST", "backend_per_kind": {"full_attention": "QUEST"}}
 try:

@@ -68,18 +68,22 @@ def why_undelivered(vllm_config: "VllmConfig") -> str | None:
         # V2 tells the last rank alone of requests' parameters (vllm/v1/worker/gpu/model_runner.py,
         # add_requests); V1 was never seen to tell them all.
         return "pipeline parallelism keeps it from all ranks but the last: use tensor parallelism"
-    if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
+    model, is_v2 = vllm_config.model_config, vllm_config.use_v2_model_runner
+    is_hybrid = model is not None and model.is_hybrid
+    speculates = vllm_config.speculative_config is not None
+    if speculates and not is_v2:
         # vllm/v1/sample/logits_processor/__init__.py, build_logitsprocs
         return (
-            "vLLM's V1 model runner keeps it from plugins while speculating: use the V2 runner, or "
-            "remove --speculative-config"
+            "vLLM's V1 model runner keeps it from plugins while speculating: "
+            + ("" if is_hybrid else "use the V2 runner, or ")
+            + "remove --speculative-config"
         )
-    model = vllm_config.model_config
-    if model is not None and model.is_hybrid and vllm_config.use_v2_model_runner:
+    if is_hybrid and is_v2:
         # No `req_idx` in the batches of vllm/v1/worker/gpu/model_states/mamba_hybrid.py
         return (
             "vLLM's V2 model runner does not tell which request is which in hybrid models: set "
             "VLLM_USE_V2_MODEL_RUNNER=0"
+            + (", and remove --speculative-config" if speculates else "")
         )
     return None
 
