@@ -1,7 +1,6 @@
 # `make demo` and `make test` need Python 3.11 or newer and a C++ compiler; they make .venv themselves.
 
 PYTHON ?= python3
-WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,9 +23,8 @@ help:
 demo: env
 	$(BIN)/vllm-quest demo
 
-# A file's tests stay in one process, where they share engines.
 test: $(VENV)/.dev
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n auto --dist loadgroup
 
 # More threads than cores make the reference crawl under these tools.
 sanitize: $(VENV)/.dev
