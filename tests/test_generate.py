@@ -67,29 +67,36 @@ def test_a_covering_budget_gives_the_dense_tokens(tmp_path, shape):
     assert agree(dense, generate(path, prompts, greedy(20), quest=COVERING, **chunked))
 
 
+@pytest.fixture(scope="module")
+def dense_at_edges(model):
+    return generate(model, random_prompts(EDGE_LENGTHS), greedy(8), backend=DENSE)
+
+
 @pytest.mark.parametrize(
     ("page_size", "block_size"), [(8, 128), (16, 16), (32, 128), (64, 64), (128, 128)]
 )
-def test_pages_may_be_smaller_than_blocks(model, page_size, block_size):
+def test_pages_may_be_smaller_than_blocks(model, dense_at_edges, page_size, block_size):
     prompts = random_prompts(EDGE_LENGTHS)
-    dense = generate(model, prompts, greedy(8), backend=DENSE)
     covering = {"token_budget": 2048, "page_size": page_size, "dense_layers": 0}
-    assert agree(dense, generate(model, prompts, greedy(8), quest=covering, block_size=block_size))
+    ours = generate(model, prompts, greedy(8), quest=covering, block_size=block_size)
+    assert agree(dense_at_edges, ours)
 
 
-def test_a_small_budget_changes_the_answer(model):
+@pytest.fixture(scope="module")
+def dense_of_700(model):
+    return generate(model, random_prompts([700]), greedy(20), backend=DENSE)
+
+
+def test_a_small_budget_changes_the_answer(model, dense_of_700):
     """Or the tests above would show nothing."""
-    prompts = random_prompts([700])
-    dense = generate(model, prompts, greedy(20), backend=DENSE)
     sparse = {"token_budget": 16, "dense_layers": 0}
-    assert generate(model, prompts, greedy(20), quest=sparse) != dense
+    assert generate(model, random_prompts([700]), greedy(20), quest=sparse) != dense_of_700
 
 
-def test_dense_layers_alone_are_dense(model):
-    prompts = random_prompts([700])
-    dense = generate(model, prompts, greedy(20), backend=DENSE)
+def test_dense_layers_alone_are_dense(model, dense_of_700):
     all_dense = {"token_budget": 16, "dense_layers": 3}
-    assert agree(dense, generate(model, prompts, greedy(20), quest=all_dense))
+    ours = generate(model, random_prompts([700]), greedy(20), quest=all_dense)
+    assert agree(dense_of_700, ours)
 
 
 def test_hundreds_of_requests_of_very_different_lengths(model):
