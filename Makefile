@@ -24,7 +24,7 @@ demo: env
 	$(BIN)/vllm-quest demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadfile
 
 # More threads than cores make the reference crawl under these tools.
 sanitize: $(VENV)/.dev

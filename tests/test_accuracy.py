@@ -29,8 +29,6 @@ from engines import DENSE, ON_GPU, engine, greedy
 from vllm_quest import ops
 from vllm_quest.pass_keys import make_haystack
 
-pytestmark = pytest.mark.xdist_group("accuracy")
-
 CONTEXT_TOKENS = 2048
 TOLERANCE = 0.5 if ON_GPU else 1e-3
 """Of log-probabilities: bf16 on GPUs, fp32 on CPUs."""

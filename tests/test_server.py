@@ -19,8 +19,6 @@ from vllm_quest.metrics import HELP
 from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack
 
-pytestmark = pytest.mark.xdist_group("server")
-
 START_LIMIT_S = 180
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 

@@ -18,8 +18,6 @@ import pytest
 
 from vllm_quest.pass_keys import make_haystack
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 ROOT = Path(__file__).parents[1]
 TOOLS = ("lscpu", "uname")
 """What vLLM itself runs to learn about a machine."""
