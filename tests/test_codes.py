@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from batch import FP32_ROUNDOFF, UNTOUCHED
 from engines import agree, answers, engine, generate, greedy, random_prompts, write_model
 from vllm_quest import config, layout, ops, reference
 from vllm_quest.engine_stats import stats
@@ -18,8 +19,6 @@ from vllm_quest.ops import Rows
 GROUP = config.GROUP_TOKENS
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ISAS = torch.ops.vllm_quest.cpu_isas().split()
-FP32_ROUNDOFF = 2.0**-24
-UNTOUCHED = -7
 FAR_AWAY = 1 << 30
 """A block that no cache has."""
 

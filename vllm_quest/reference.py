@@ -238,20 +238,20 @@ def score_codes(
         pages = num_pages(seq_len, page_size)
         if pages <= int(rows.budget_pages[row]):
             continue
+        keys = []  # of each group, [num_kv_heads, its tokens, head_size]
+        for group in range(num_pages(seq_len, GROUP_TOKENS)):
+            block = int(rows.block_table[row, group // block_groups])
+            first = group % block_groups * GROUP_TOKENS
+            tokens = min(GROUP_TOKENS, seq_len - group * GROUP_TOKENS)
+            if tokens == GROUP_TOKENS:
+                keys.append(coded_keys(kv_cache, block, group % block_groups))
+            else:
+                keys.append(kv_cache[block, :, first : first + tokens, :head_size].to(DTYPE))
         # [num_kv_heads, group_size, head_size]
         q = query[row].to(DTYPE).view(num_kv_heads, -1, head_size)
-        mass = torch.empty(num_kv_heads, q.shape[1], pages, dtype=DTYPE)
-        for page in range(pages):
-            group, token_of_group = divmod(page * page_size, GROUP_TOKENS)
-            block, group_of_block = divmod(group, block_groups)
-            if group < seq_len // GROUP_TOKENS:
-                keys = coded_keys(kv_cache, int(rows.block_table[row, block]), group_of_block)
-                keys = keys[:, token_of_group : token_of_group + page_size]
-            else:
-                keys = page_rows(kv_cache, rows.block_table[row], page, page_size, "codes")
-                keys = keys[:, : seq_len - page * page_size, :head_size].to(DTYPE)
-            logits = capped(q @ keys.transpose(1, 2) * scale, soft_cap)
-            mass[:, :, page] = torch.logsumexp(logits, dim=-1) / math.log(2)
+        logits = capped(q @ torch.cat(keys, dim=1).transpose(1, 2) * scale, soft_cap)
+        of_pages = torch.split(logits, page_size, dim=-1)
+        mass = torch.stack([torch.logsumexp(page, dim=-1) for page in of_pages], -1) / math.log(2)
         masses[row, :, :pages] = mass.flatten(0, 1)
         total = torch.logsumexp(mass * math.log(2), dim=-1, keepdim=True) / math.log(2)
         scores[row, :, :pages] = (mass - total).amax(dim=1)

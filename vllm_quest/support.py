@@ -126,20 +126,19 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
     yield from _cache_dtype_reasons(cache.cache_dtype, None if model is None else model.dtype)
     if model is not None and model.enable_sleep_mode and device == "cuda":
         yield "sleeping discards what QUEST keeps beside the KV cache; remove --enable-sleep-mode"
-    # Where nobody named one, vLLM on GPUs asks the backend later.
+    # Where nobody named a block size, vLLM on GPUs asks the backend for one later.
     is_final = device != "cuda" or cache.user_specified_block_size
-    if cache.block_size is None or not is_final:
-        pass
-    elif cache.block_size % quest.page_size != 0:
+    block_size = (cache.block_size or 0) if is_final else 0
+    if block_size % quest.page_size != 0:
         yield (
             f"additional_config['quest']['page_size'] is {quest.page_size}, which does not divide "
-            f"vLLM's block size of {cache.block_size}; set page_size to a divisor, or --block-size "
+            f"vLLM's block size of {block_size}; set page_size to a divisor, or --block-size "
             "to a multiple"
         )
-    elif quest.score == "codes" and cache.block_size % GROUP_TOKENS != 0:
+    elif quest.score == "codes" and block_size % GROUP_TOKENS != 0:
         yield (
             f"additional_config['quest']['score'] is 'codes', which needs blocks of a multiple of "
-            f"{GROUP_TOKENS} tokens, and vLLM's block size is {cache.block_size}; set --block-size "
+            f"{GROUP_TOKENS} tokens, and vLLM's block size is {block_size}; set --block-size "
             f"{GROUP_TOKENS}, or another score"
         )
 

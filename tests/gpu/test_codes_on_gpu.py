@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_codes import UNTOUCHED, Batch, attend, make_batch, score, score_error, select
+from batch import UNTOUCHED
+from test_codes import Batch, attend, make_batch, score, score_error, select
 from vllm_quest import config, extension, layout, ops, reference
 from vllm_quest.ops import Rows
 
