@@ -306,7 +306,7 @@ def scores(result: Result, *, task: str, context: str) -> Iterable[Cells]:
     lines: dict[str, Cells] = {}
     for row in _of(result, task, int(context), 0):
         if row["token_budget"] != FULL:
-            score = f"`{row['method'].removeprefix('quest (').removesuffix(')')}`"
+            score = _score_of(row)
             line = lines.setdefault(score, {_unit(task): score})
             line[str(row["token_budget"])] = _mean(row["estimate"], task)
     return lines.values()
@@ -320,10 +320,15 @@ def page_scores(*results: Result, budget: str) -> Iterable[Cells]:
         head = f"{TRAINED[settings['model']]} model, {FILLERS[settings['filler']]}"
         for row in result["rows"]:
             if row["token_budget"] == int(budget):
-                score = f"`{row['method'].removeprefix('quest (').removesuffix(')')}`"
+                score = _score_of(row)
                 line = lines.setdefault(score, {f"right answers (%) at {budget} tokens": score})
                 line[head] = _mean(row["estimate"], "key_value")
     return lines.values()
+
+
+def _score_of(row: dict[str, Any]) -> str:
+    """The page score of a row that QUEST was measured with."""
+    return f"`{row['method'].removeprefix('quest (').removesuffix(')')}`"
 
 
 def _of(result: Result, task: str, context: int, dense: int) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """What passes between tasks, which ask, and engines, which answer: token ids."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,14 @@ class Engine(Protocol):
             NotImplementedError: the method cannot do this; one line says why.
         """
         ...
+
+
+def quest_settings(engine_args: Mapping[str, Any], score: str = "minmax") -> dict[str, Any]:
+    """QUEST's settings among the arguments of an engine, with a page score of their own.
+
+    Args:
+        engine_args: as `vllm.LLM` takes them.
+        score: of the cell that is measured; `minmax` leaves the arguments' own.
+    """
+    settings: dict[str, Any] = engine_args.get("additional_config", {}).get("quest", {})
+    return settings if score == "minmax" else settings | {"score": score}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.cells import FULL, Cell
+from benchmarks.accuracy.interface import quest_settings
 from benchmarks.accuracy.tasks import ALL, Request
 from benchmarks.accuracy.tasks.base import Filler
 from benchmarks.accuracy.tokens import Language, Tokens
@@ -52,9 +53,7 @@ class Plan:
         Raises:
             ValueError: the engine arguments hold a bad setting of QUEST.
         """
-        quest = QuestConfig.from_settings(
-            self.engine_args.get("additional_config", {}).get("quest", {})
-        )
+        quest = QuestConfig.from_settings(quest_settings(self.engine_args))
         return {
             "model": self.model,
             "language": self.language,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from benchmarks.accuracy.interface import Answer, Prompt, ignore
+from benchmarks.accuracy.interface import Answer, Prompt, ignore, quest_settings
 from benchmarks.accuracy.layer_caches import (
     Cache,
     FullCache,
@@ -146,12 +146,9 @@ class TransformersEngine:
             options: as `VllmEngine` takes them; read is QUEST's part alone, for `quest-hf`.
             device: by default the GPU where there is one.
         """
-        quest: dict[str, Any] = (options or {}).get("additional_config", {}).get("quest", {})
-        if score != "minmax":
-            quest = quest | {"score": score}
         self._name = model
         self._dense_layers = dense_layers
-        self._quest = QuestConfig.from_settings(quest)
+        self._quest = QuestConfig.from_settings(quest_settings(options or {}, score))
         self._max_model_len = max_model_len
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = None

@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from benchmarks.accuracy.forced_tokens import FIELD as FORCED_FIELD
 from benchmarks.accuracy.forced_tokens import ForcedTokens
-from benchmarks.accuracy.interface import Answer, Prompt, ignore
+from benchmarks.accuracy.interface import Answer, Prompt, ignore, quest_settings
 from benchmarks.accuracy.selections import CHOICES, choosing
 from vllm_quest.budgets import FIELD as BUDGET_FIELD
 from vllm_quest.config import UNLIMITED
@@ -58,10 +58,11 @@ class VllmEngine:
             options: further arguments of `vllm.LLM`; of its `additional_config` the part `quest`.
         """
         options = dict(options or {})
-        quest: dict[str, Any] = options.pop("additional_config", {}).get("quest", {})
-        quest = quest | {"dense_layers": dense_layers, "token_budget": UNLIMITED}
-        if score != "minmax":
-            quest["score"] = score
+        quest = quest_settings(options, score) | {
+            "dense_layers": dense_layers,
+            "token_budget": UNLIMITED,
+        }
+        options.pop("additional_config", None)
         defaults: dict[str, Any] = {"max_num_seqs": 256}
         if not torch.cuda.is_available():
             # fp32 leaves nothing to rounding.
