@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vllm_quest import ops, reference
-from vllm_quest.config import Score
+from vllm_quest import layout, ops, reference
+from vllm_quest.config import GROUP_TOKENS, Score
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,9 @@ class Shape:
     page_size: int = 16
     pages_per_block: int = 1
     dtype: torch.dtype = torch.bfloat16
+    score: Score = "minmax"
+    """What pages are scored by: `codes` needs blocks of whole groups."""
+
     is_strided: bool = False
     """Whether the cache is a slice of a larger one, as a layer's view of all layers' blocks is, and
     the query a slice of QKV."""
@@ -49,7 +52,7 @@ class Shape:
 
     @property
     def block_rows(self) -> int:
-        return self.block_tokens + self.pages_per_block
+        return layout.block_rows(self.block_tokens, self.page_size, self.score)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Batch:
     query: Tensor  # [num_rows, num_heads, head_size]
     kv_cache: Tensor  # [num_blocks, num_kv_heads, block_rows, 2 * head_size]
     rows: ops.Rows
+    masses: Tensor | None  # [num_rows, num_heads, max_pages] fp32; for codes alone
     scores: Tensor  # [num_rows, num_kv_heads, max_pages] fp32
     pages: Tensor  # [num_rows, num_kv_heads, max_selected] int32
     out: Tensor  # [num_rows, num_heads, head_size]
@@ -95,7 +99,12 @@ class Batch:
 
     def score(self, module: ModuleType = ops) -> Tensor:
         page_size = self.shape.page_size
-        module.score(self.query, self.kv_cache, self.rows, self.scores, page_size=page_size)
+        rows = (self.query, self.kv_cache, self.rows)
+        if self.shape.score == "codes":
+            logits = {"scale": self.scale, "soft_cap": self.soft_cap}
+            module.score_codes(*rows, self.masses, self.scores, page_size=page_size, **logits)
+        else:
+            module.score(*rows, self.scores, page_size=page_size)
         return self.scores
 
     def select(self, module: ModuleType = ops) -> Tensor:
@@ -145,9 +154,17 @@ class Batch:
         return reference.full_attention(self.query, self.kv_cache, self.rows, **self._attention)
 
     @property
+    def block_tokens(self) -> int:
+        return self.shape.block_tokens
+
+    @property
     def _attention(self) -> dict[str, Any]:
-        page_size = self.shape.page_size
-        return {"page_size": page_size, "scale": self.scale, "soft_cap": self.soft_cap}
+        return {
+            "page_size": self.shape.page_size,
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "score": self.shape.score,
+        }
 
 
 def make_batch(
@@ -158,10 +175,10 @@ def make_batch(
     *,
     max_tokens: int | None = None,
     soft_cap: float = 0.0,
-    score: Score = "minmax",
+    shift: float = 0.0,
     seed: int = 0,
 ) -> Batch:
-    """Rows with random keys and values in scattered blocks, bounds made, all else NaN.
+    """Rows with random keys and values in scattered blocks, bounds or codes made, all else NaN.
 
     Block table entries past a row's end point at a block of NaN and far outside of the cache, in
     turn; the first of them far outside in every second row.
@@ -173,7 +190,7 @@ def make_batch(
         device: where the tensors are.
         max_tokens: capacity of the block table; by default what the rows need and some more.
         soft_cap: of the logits; 0 for none.
-        score: what bounds are made for.
+        shift: mean of the keys.
         seed: of all random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -193,7 +210,7 @@ def make_batch(
         block_table[row, : len(own)] = own
         block_table[row, len(own) + 1 - row % 2 :: 2] = blank[0]
         if tokens:
-            kv_cache[own.long()] = filled_blocks(shape, tokens, score, generator)
+            kv_cache[own.long()] = filled_blocks(shape, tokens, shift, generator)
     if device != CPU:
         kv_cache = empty_cache(shape, num_blocks, device).copy_(kv_cache)
 
@@ -223,43 +240,57 @@ def empty_cache(shape: Shape, num_blocks: int, device: torch.device) -> Tensor:
     return torch.full(sizes, torch.nan, dtype=shape.dtype, device=device)[:, layers // 2]
 
 
-def filled_blocks(shape: Shape, tokens: int, score: Score, generator: torch.Generator) -> Tensor:
+def filled_blocks(shape: Shape, tokens: int, shift: float, generator: torch.Generator) -> Tensor:
     """One row's blocks, NaN past its end: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`.
 
     Args:
         shape: of the layer.
         tokens: of the row, at least 1.
-        score: what bounds are made for.
+        shift: mean of the keys.
         generator: of keys and values.
     """
     num_blocks = -(-tokens // shape.block_tokens)
-    sizes = (num_blocks, shape.num_kv_heads, shape.pages_per_block, shape.page_size)
-    pages = torch.randn(*sizes, 2 * shape.head_size, generator=generator).to(shape.dtype)
+    sizes = (num_blocks, shape.num_kv_heads, shape.block_tokens, 2 * shape.head_size)
+    keys_values = torch.randn(*sizes, generator=generator)
+    keys_values[..., : shape.head_size] += shift
+    blocks = torch.full((*sizes[:2], shape.block_rows, sizes[3]), torch.nan, dtype=shape.dtype)
+    blocks[:, :, : shape.block_tokens] = keys_values
     tokens_of_last_block = tokens - (num_blocks - 1) * shape.block_tokens
-    pages[-1].flatten(1, 2)[:, tokens_of_last_block:] = torch.nan
+    blocks[-1, :, tokens_of_last_block:] = torch.nan
+    if shape.score == "codes":
+        groups_of_block = shape.block_tokens // GROUP_TOKENS
+        for group in range(tokens // GROUP_TOKENS):
+            reference.update_codes(blocks, *divmod(group, groups_of_block))
+    else:
+        write_bounds(shape, blocks, tokens_of_last_block)
+    return blocks
 
-    keys = pages[..., : shape.head_size]
-    # The bounds of a page with a key of NaN are NaN.
+
+def write_bounds(shape: Shape, blocks: Tensor, tokens_of_last_block: int) -> None:
+    """The bounds of all pages of a row's blocks; those of a page with a key of NaN are NaN."""
+    keys = blocks[:, :, : shape.block_tokens, : shape.head_size].unflatten(2, (-1, shape.page_size))
     parts = [
-        torch.cat(reference.bounds_of(part, score), dim=-1).to(shape.dtype)
+        torch.cat(reference.bounds_of(part, shape.score), dim=-1).to(shape.dtype)
         for part in keys.flatten(0, 2).split(PAGES_AT_ONCE)
     ]
-    bounds = torch.cat(parts).view(*sizes[:3], 2 * shape.head_size)
+    bounds = blocks[:, :, shape.block_tokens :]
+    bounds.copy_(torch.cat(parts).view(bounds.shape))
     last = reference.num_pages(tokens_of_last_block, shape.page_size) - 1
     filled = keys[-1, :, last, : tokens_of_last_block - last * shape.page_size]
-    bounds[-1, :, last] = torch.cat(reference.bounds_of(filled, score), dim=-1)
-    return torch.cat([pages.flatten(2, 3), bounds], dim=2)
+    bounds[-1, :, last] = torch.cat(reference.bounds_of(filled, shape.score), dim=-1)
 
 
-def untouched_outputs(shape: Shape, rows: ops.Rows) -> dict[str, Tensor]:
-    """Scores, room for the pages of rows over their budget, and out; no operator wrote to them."""
+def untouched_outputs(shape: Shape, rows: ops.Rows) -> dict[str, Tensor | None]:
+    """What operators write to, before any has: `pages` has room for those of rows over budget."""
     device, num_rows = rows.seq_lens.device, len(rows)
     row_pages = -(-rows.seq_lens // shape.page_size)
     max_selected = max([1, *rows.budget_pages[row_pages > rows.budget_pages].tolist()])
     max_pages = rows.block_table.shape[1] * shape.pages_per_block
     rows_heads = (num_rows, shape.num_kv_heads)
     out_sizes = (num_rows, shape.num_heads, shape.head_size)
+    masses = torch.full((num_rows, shape.num_heads, max_pages), torch.nan, device=device)
     return {
+        "masses": masses if shape.score == "codes" else None,
         "scores": torch.full((*rows_heads, max_pages), float(UNTOUCHED), device=device),
         "pages": torch.full(
             (*rows_heads, max_selected), UNTOUCHED, dtype=torch.int32, device=device
@@ -286,6 +317,9 @@ class Attended(Protocol):
     scale: float
     soft_cap: float
 
+    @property
+    def block_tokens(self) -> int: ...
+
 
 def score_error(batch: Attended) -> float:
     """How far a score summed in fp32 may be from the exact one.
@@ -296,6 +330,43 @@ def score_error(batch: Attended) -> float:
     """
     magnitude = batch.query.double().abs().sum(-1).amax() * largest(batch.kv_cache)
     return 4 * batch.query.shape[-1] * FP32_ROUNDOFF * float(magnitude)
+
+
+def score_codes_error(batch: Attended) -> float:
+    """How far an estimate from codes computed in fp32 may be from the exact one.
+
+    A logit sums head_size products of three and head_size of four factors, in any order: it is off
+    by (head_size + 4) roundings of Σ |q_d| (|offset_d| + 3 |step_d|); a key is no larger. A page's
+    mass is off by no more than its logits, and by 2e-7 relative for each exponential and sum: less
+    than 1e-6 + 16 roundings of its own size. The mass of all pages is off by as much again.
+    """
+    head_size = batch.query.shape[-1]
+    offset, step = scales(batch).abs().chunk(2, dim=-1)
+    keys = batch.kv_cache[:, :, : batch.block_tokens, :head_size]
+    largest_key = max(largest(keys), float((offset + 3 * step).max()))
+    logit = float(batch.query.double().abs().sum(-1).amax() * largest_key * batch.scale)
+    return 2 * (1.4427 * (head_size + 24) * FP32_ROUNDOFF * (logit + batch.soft_cap) + 3e-6)
+
+
+def rounding_of_the_query(batch: Attended) -> float:
+    """How far the integers that stand for q * step on a GPU may move a score.
+
+    Each is off by half a part in 2^22 / (3 * head_size) - 1 of the largest, and meets a code of at
+    most 3. Exponentials and logarithms are approximate to within 1e-5. A score is a difference of
+    two masses.
+    """
+    head_size = batch.query.shape[-1]
+    steps = scales(batch)[..., head_size:]
+    factor = float(steps.amax() * batch.query.double().abs().amax())
+    integers = 2**22 // (3 * head_size) - 1
+    return 2 * (1.4427 * batch.scale * 3 * head_size * 0.5 * factor / integers + 1e-5)
+
+
+def scales(batch: Attended) -> Tensor:
+    """Offset|step of every group, 0 where there are none: `[..., num_groups, 2 * head_size]`."""
+    first = batch.block_tokens + layout.GROUP_ROWS - 1
+    of_groups = batch.kv_cache[:, :, first :: layout.GROUP_ROWS]
+    return of_groups.double().nan_to_num(0.0)
 
 
 def bounds_error(kv_cache: Tensor, page_size: int) -> float:
@@ -317,7 +388,7 @@ def decode_error(batch: Attended, exact: Tensor) -> Tensor:
     plus 2 roundings per token summed, plus 8 for exponential, rescaling and merging.
     """
     head_size, dtype = batch.query.shape[-1], batch.query.dtype
-    largest_value = largest(batch.kv_cache)
+    largest_value = largest(batch.kv_cache[:, :, : batch.block_tokens])
     product = float(batch.query.double().abs().sum(-1).amax()) * largest_value * batch.scale
     logit_error = (head_size + 8) * FP32_ROUNDOFF * (product + batch.soft_cap)
     tokens = int(batch.rows.seq_lens.max())
@@ -327,5 +398,6 @@ def decode_error(batch: Attended, exact: Tensor) -> Tensor:
     return rounding + weight_error * largest_value
 
 
-def largest(kv_cache: Tensor) -> float:
-    return float(kv_cache.double().nan_to_num(0.0).abs().max())
+def largest(values: Tensor) -> float:
+    """The largest magnitude; NaN counts as 0."""
+    return float(values.double().nan_to_num(0.0).abs().max())

@@ -1,8 +1,7 @@
 """Keys in 2 bits: the score `codes` on the CPU, against the reference and inside vLLM."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,17 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batch import FP32_ROUNDOFF, UNTOUCHED
+from batch import CPU, UNTOUCHED, Batch, Shape, empty_cache, make_batch, score_codes_error
 from engines import agree, answers, engine, generate, greedy, random_prompts, write_model
 from vllm_quest import config, layout, ops, reference
 from vllm_quest.engine_stats import stats
-from vllm_quest.ops import Rows
 
 GROUP = config.GROUP_TOKENS
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ISAS = torch.ops.vllm_quest.cpu_isas().split()
-FAR_AWAY = 1 << 30
-"""A block that no cache has."""
+CODED = Shape(head_size=64, pages_per_block=8, score="codes", is_strided=True)
 
 
 @pytest.fixture(params=ISAS)
@@ -38,155 +35,24 @@ property_test = settings(
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    query: Tensor
-    kv_cache: Tensor
-    rows: Rows
-    page_size: int
-    soft_cap: float = 0.0
-
-    @property
-    def scale(self) -> float:
-        return float(self.query.shape[-1] ** -0.5)
-
-    @property
-    def max_pages(self) -> int:
-        tokens = reference.tokens_per_block(self.kv_cache, self.page_size, "codes")
-        return self.rows.block_table.shape[1] * tokens // self.page_size
-
-
-def empty_cache(
-    num_blocks: int,
-    *,
-    block_tokens: int = GROUP,
-    num_kv_heads: int = 2,
-    head_size: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    page_size: int = 16,
-) -> Tensor:
-    """A cache of NaN whose blocks lie apart, as a layer's among those of all layers do."""
-    rows = layout.block_rows(block_tokens, page_size, "codes")
-    shape = (num_blocks, 2, num_kv_heads, rows, 2 * head_size)
-    return torch.full(shape, float("nan"), dtype=dtype)[:, 1]
-
-
-def make_batch(
-    seq_lens: Sequence[int],
-    budgets: Sequence[int],
-    *,
-    block_tokens: int = GROUP,
-    num_kv_heads: int = 2,
-    group_size: int = 4,
-    head_size: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    page_size: int = 16,
-    soft_cap: float = 0.0,
-    shift: float = 0.0,
-    seed: int = 0,
-) -> Batch:
-    """Rows in scattered blocks; NaN wherever no key, value, code or scale of a row lies."""
-    generator = torch.Generator().manual_seed(seed)
-    num_rows = len(seq_lens)
-    blocks_of = [-(-n // block_tokens) for n in seq_lens]
-    free = torch.randperm(sum(blocks_of) + 1, generator=generator).int()
-    cache = empty_cache(
-        len(free),
-        block_tokens=block_tokens,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        dtype=dtype,
-        page_size=page_size,
-    )
-    table = torch.full((num_rows, max(blocks_of) + 1), FAR_AWAY, dtype=torch.int32)
-    for row, seq_len in enumerate(seq_lens):
-        table[row, : blocks_of[row]], free = free[: blocks_of[row]], free[blocks_of[row] :]
-        tokens = torch.arange(seq_len)
-        slots = table[row, tokens // block_tokens].long() * block_tokens + tokens % block_tokens
-        key, value = torch.randn(2, seq_len, num_kv_heads, head_size, generator=generator)
-        key = (key + shift).to(dtype)
-        reference.write_kv(key, value.to(dtype), cache, slots, page_size=page_size, score="codes")
-    query = torch.randn(num_rows, num_kv_heads * group_size, head_size, generator=generator)
-    return Batch(
-        query=query.to(dtype),
-        kv_cache=cache,
-        rows=Rows(
-            table,
-            torch.tensor(seq_lens, dtype=torch.int32),
-            torch.tensor(budgets, dtype=torch.int32),
-        ),
-        page_size=page_size,
-        soft_cap=soft_cap,
-    )
-
-
-def score(operators: ModuleType, batch: Batch) -> Tensor:
-    shape = (len(batch.rows), batch.kv_cache.shape[1], batch.max_pages)
-    scores = torch.full(shape, float(UNTOUCHED))
-    operators.score_codes(
-        batch.query,
-        batch.kv_cache,
-        batch.rows,
-        torch.full((*batch.query.shape[:2], batch.max_pages), float("nan")),
-        scores,
-        page_size=batch.page_size,
-        scale=batch.scale,
-        soft_cap=batch.soft_cap,
-    )
-    return scores
-
-
-def select(operators: ModuleType, batch: Batch, scores: Tensor, **kept: int) -> Tensor:
-    budgets = [int(b) for b in batch.rows.budget_pages if b < batch.max_pages]
-    shape = (*scores.shape[:2], max(budgets, default=1))
-    pages = torch.full(shape, UNTOUCHED, dtype=torch.int32)
-    operators.select(scores, batch.rows, pages, page_size=batch.page_size, **kept)
-    return pages
-
-
-def attend(operators: ModuleType, batch: Batch, pages: Tensor) -> Tensor:
-    out = torch.full_like(batch.query, float("nan"))
-    operators.sparse_decode(
-        batch.query,
-        batch.kv_cache,
-        batch.rows,
-        pages,
-        out,
-        page_size=batch.page_size,
-        scale=batch.scale,
-        soft_cap=batch.soft_cap,
-        score="codes",
-    )
-    return out
-
-
-def score_error(batch: Batch) -> float:
-    """How far a score computed in fp32 may be from the exact one.
-
-    A logit sums head_size products of three and head_size of four factors, in any order: it is off
-    by (head_size + 4) roundings of Σ |q_d| (|offset_d| + 3 |step_d|); a key is no larger. A page's
-    mass is off by no more than its logits, and by 2e-7 relative for each exponential and sum: less
-    than 1e-6 + 16 roundings of its own size. The mass of all pages is off by as much again.
-    """
-    head_size = batch.query.shape[-1]
-    scales = batch.kv_cache[:, :, -1].double().nan_to_num(0.0)
-    coded = (scales[..., :head_size].abs() + 3 * scales[..., head_size:]).amax()
-    keys = batch.kv_cache[:, :, :GROUP, :head_size].double().nan_to_num(0.0).abs().amax()
-    largest = max(coded, keys)
-    logit = float(batch.query.double().abs().sum(-1).amax() * largest * batch.scale)
-    return 2 * (1.4427 * (head_size + 24) * FP32_ROUNDOFF * (logit + batch.soft_cap) + 3e-6)
-
-
 def assert_scores_are_the_references(batch: Batch) -> Tensor:
-    found, expected = score(ops, batch), score(reference, batch)
+    found, expected = batch.score(), batch.fresh().score(reference)
     has_codes = expected.abs() < 2.0**100
     assert torch.equal(
         found.where(~has_codes, found.new_zeros(())),
         expected.where(~has_codes, expected.new_zeros(())),
     )
     difference = (found.double() - expected.double()).abs()
-    assert difference[has_codes].max() <= score_error(batch)
+    assert difference[has_codes].max() <= score_codes_error(batch)
     return found
+
+
+def select(batch: Batch, **kept: int) -> Tensor:
+    """The pages chosen by the scores that the batch has, the reference's too."""
+    found, expected = (replace(batch.fresh(), scores=batch.scores, kept=kept) for _ in range(2))
+    pages = found.select()
+    assert torch.equal(pages, expected.select(reference))
+    return pages
 
 
 # --- layout and settings --------------------------------------------------------------------------
@@ -257,7 +123,7 @@ def test_codes_and_scales_are_the_references_after_any_writes(
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_channel_without_spread_is_its_offset(dtype: torch.dtype) -> None:
-    cache = empty_cache(1, dtype=dtype)
+    cache = empty_cache(replace(CODED, dtype=dtype), 1, CPU)
     key = torch.randn(GROUP, 2, 64).to(dtype)
     key[:, :, 3], key[:, :, 5] = 0.0, -2.5
     ops.write_kv(key, key, cache, torch.arange(GROUP), page_size=16, score="codes")
@@ -268,14 +134,15 @@ def test_a_channel_without_spread_is_its_offset(dtype: torch.dtype) -> None:
 
 @every_isa
 def test_a_group_is_coded_when_its_last_token_is_written_and_not_before() -> None:
-    cache = empty_cache(1, block_tokens=2 * GROUP)
+    shape = replace(CODED, pages_per_block=16)
+    cache = empty_cache(shape, 1, CPU)
     key = torch.randn(2 * GROUP, 2, 64).bfloat16()
     for token in range(2 * GROUP):
         one = slice(token, token + 1)
         ops.write_kv(key[one], key[one], cache, torch.tensor([token]), page_size=16, score="codes")
         coded = [not reference.group_rows(cache, 0, group)[1].isnan().any() for group in (0, 1)]
         assert coded == [token >= GROUP - 1, token >= 2 * GROUP - 1]
-    together = empty_cache(1, block_tokens=2 * GROUP)
+    together = empty_cache(shape, 1, CPU)
     ops.write_kv(key, key, together, torch.arange(2 * GROUP), page_size=16, score="codes")
     assert torch.equal(cache.view(torch.int16), together.view(torch.int16))
 
@@ -284,7 +151,7 @@ def test_a_group_is_coded_when_its_last_token_is_written_and_not_before() -> Non
 def test_a_coded_key_is_near_its_key(spread: float) -> None:
     """Four even levels keep a Gaussian key to 0.345 standard deviations (Max, 1960)."""
     generator = torch.Generator().manual_seed(0)
-    cache = empty_cache(8, head_size=64, dtype=torch.float32)
+    cache = empty_cache(replace(CODED, dtype=torch.float32), 8, CPU)
     size = 1 + spread * torch.rand(64, generator=generator)  # of each channel
     key = torch.randn(8 * GROUP, 2, 64, generator=generator) * size + 3 * size
     ops.write_kv(key, key, cache, torch.arange(8 * GROUP), page_size=16, score="codes")
@@ -314,21 +181,20 @@ def test_scores_equal_the_references_at_odd_shapes(
     dtype: torch.dtype, head_size: int, group_size: int, page_size: int, block_tokens: int
 ) -> None:
     lengths = [0, 1, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP, 9 * GROUP + 7, 1300]
-    batch = make_batch(
-        lengths,
-        [1, 1, 1, 2, 1, 1, 2, 1],
+    shape = replace(
+        CODED,
         dtype=dtype,
         head_size=head_size,
         num_kv_heads=3,
         group_size=group_size,
         page_size=page_size,
-        block_tokens=block_tokens,
+        pages_per_block=block_tokens // page_size,
     )
-    found = assert_scores_are_the_references(batch)
-    pages = select(ops, batch, found)
-    assert torch.equal(pages, select(reference, batch, found))
-    out, expected = attend(ops, batch, pages), attend(reference, batch, pages)
-    torch.testing.assert_close(out, expected)
+    batch = make_batch(shape, lengths, [1, 1, 1, 2, 1, 1, 2, 1])
+    assert_scores_are_the_references(batch)
+    batch.pages = select(batch)
+    expected = replace(batch.fresh(), pages=batch.pages).sparse_decode(reference)
+    torch.testing.assert_close(batch.sparse_decode(), expected)
 
 
 @every_isa
@@ -337,7 +203,8 @@ def test_scores_equal_the_references_at_odd_shapes(
 def test_scores_equal_the_references_with_a_soft_cap_and_large_keys(
     soft_cap: float, shift: float
 ) -> None:
-    assert_scores_are_the_references(make_batch([1000], [3], soft_cap=soft_cap, shift=shift))
+    batch = make_batch(CODED, [1000], 3, soft_cap=soft_cap, shift=shift)
+    assert_scores_are_the_references(batch)
 
 
 @every_isa
@@ -352,33 +219,33 @@ def test_scores_equal_the_references_at_any_length(
     seq_lens: list[int], budget: int, page_size: int, seed: int
 ) -> None:
     budgets = [budget] * len(seq_lens)
-    batch = make_batch([*seq_lens, 650], [*budgets, 1], page_size=page_size, seed=seed)
+    shape = replace(CODED, page_size=page_size, pages_per_block=GROUP // page_size)
+    batch = make_batch(shape, [*seq_lens, 650], [*budgets, 1], seed=seed)
     assert_scores_are_the_references(batch)
 
 
 @every_isa
 def test_a_score_is_a_share_of_the_attention() -> None:
     """The formula, written once more: softmax over codes and the last keys, summed by page."""
-    batch = make_batch([5 * GROUP + 21], [1], num_kv_heads=1, group_size=3)
-    scores = score(ops, batch)
+    batch = make_batch(replace(CODED, num_kv_heads=1, group_size=3), [5 * GROUP + 21], 1)
+    scores = batch.score()
     blocks = batch.rows.block_table[0, :6].tolist()
-    coded = [reference.coded_keys(batch.kv_cache, block, 0)[0] for block in blocks[:5]]
-    keys = torch.cat([*coded, batch.kv_cache[blocks[5], 0, :21, :64].double()])
+    of_groups = [reference.coded_keys(batch.kv_cache, block, 0)[0] for block in blocks[:5]]
+    keys = torch.cat([*of_groups, batch.kv_cache[blocks[5], 0, :21, :64].double()])
     weights = (batch.query[0].double() @ keys.T * batch.scale).softmax(-1)
     expected = weights[:, : 5 * GROUP].unflatten(1, (40, 16)).sum(2).amax(0).log2()
-    assert (scores[0, 0, :40] - expected).abs().max() <= score_error(batch)
+    assert (scores[0, 0, :40] - expected).abs().max() <= score_codes_error(batch)
 
 
 @every_isa
 def test_a_page_without_codes_outranks_all_others_the_newer_the_more() -> None:
-    batch = make_batch([6 * GROUP + 50], [3])
-    scores = score(ops, batch)
+    batch = make_batch(CODED, [6 * GROUP + 50], 3)
+    scores = batch.score()
     assert (scores[:, :, 48:52].diff() > 0).all()
     assert scores[:, :, 48:52].min() > scores[:, :, :48].max()
     assert (scores[:, :, 52:] == UNTOUCHED).all()
-    assert select(ops, batch, scores).tolist() == [[[49, 50, 51]] * 2]
-    kept = select(ops, batch, scores, keep_first_pages=1)
-    assert kept.tolist() == [[[0, 50, 51]] * 2]
+    assert select(batch).tolist() == [[[49, 50, 51]] * 2]
+    assert select(batch, keep_first_pages=1).tolist() == [[[0, 50, 51]] * 2]
 
 
 @every_isa
@@ -388,11 +255,10 @@ def test_a_page_without_codes_outranks_all_others_the_newer_the_more() -> None:
 def test_selection_equals_the_references(
     keep_first_pages: int, keep_newest_percent: int, budget: int
 ) -> None:
-    batch = make_batch([5 * GROUP, 6 * GROUP + 70, 100], [budget, budget, 1])
-    scores = score(ops, batch)
+    batch = make_batch(CODED, [5 * GROUP, 6 * GROUP + 70, 100], [budget, budget, 1])
+    batch.score()
     kept = {"keep_first_pages": keep_first_pages, "keep_newest_percent": keep_newest_percent}
-    pages = select(ops, batch, scores, **kept)
-    assert torch.equal(pages, select(reference, batch, scores, **kept))
+    pages = select(batch, **kept)
     # As many of the group that is not full as the budget has room for beside the first pages.
     newest = set(range(48, 53))
     room = max(budget - keep_first_pages, 1)
@@ -403,7 +269,7 @@ def test_selection_equals_the_references(
 @every_isa
 def test_the_page_of_most_mass_is_ranked_first() -> None:
     """Sixteen keys that each match a little outweigh one that matches more."""
-    batch = make_batch([10 * GROUP], [4], num_kv_heads=1, group_size=1, seed=3)
+    batch = make_batch(replace(CODED, num_kv_heads=1, group_size=1), [10 * GROUP], 4, seed=3)
     direction = batch.query[0, 0].float() / batch.query[0, 0].float().norm()
     keys = torch.randn(10 * GROUP, 1, 64) * 0.3
     logit = keys[:, 0] @ direction * float(batch.query[0, 0].float().norm()) * batch.scale
@@ -415,39 +281,29 @@ def test_the_page_of_most_mass_is_ranked_first() -> None:
     slots += torch.arange(10 * GROUP) % GROUP
     keys = keys.bfloat16()
     ops.write_kv(keys, keys, batch.kv_cache, slots, page_size=16, score="codes")
-    assert int(score(ops, batch)[0, 0, :80].argmax()) == 30
+    assert int(batch.score()[0, 0, :80].argmax()) == 30
 
 
 @every_isa
 def test_a_covering_budget_is_full_attention() -> None:
-    batch = make_batch([3 * GROUP + 5, 128, 1, 0], [ops.UNLIMITED_PAGES] * 4, dtype=torch.float32)
-    scores = score(ops, batch)
-    assert (scores == UNTOUCHED).all()
-    out = attend(ops, batch, select(ops, batch, scores))
-    exact = reference.full_attention(
-        batch.query,
-        batch.kv_cache,
-        batch.rows,
-        page_size=16,
-        scale=batch.scale,
-        score="codes",
-    )
-    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-5)
+    shape = replace(CODED, dtype=torch.float32)
+    batch = make_batch(shape, [3 * GROUP + 5, 128, 1, 0], ops.UNLIMITED_PAGES).run()
+    assert (batch.scores == UNTOUCHED).all()
+    exact = batch.full_attention().float()
+    torch.testing.assert_close(batch.out, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_do_not_depend_on_threads_or_the_batch() -> None:
-    batch = make_batch([5000, 700, 130], [4, 4, 4])
+    batch = make_batch(CODED, [5000, 700, 130], 4)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    together = score(ops, batch)
+    together = batch.score()
     torch.set_num_threads(1)
-    alone = score(ops, batch)
+    alone = batch.fresh().score()
     torch.set_num_threads(before)
     assert torch.equal(together, alone)
     for row in range(3):
-        one = slice(row, row + 1)
-        single = Batch(batch.query[one], batch.kv_cache, batch.rows[one], 16)
-        assert torch.equal(score(ops, single)[0], together[row])
+        assert torch.equal(batch.take_row(row).score()[0], together[row])
 
 
 @pytest.mark.parametrize(
@@ -458,25 +314,17 @@ def test_scores_do_not_depend_on_threads_or_the_batch() -> None:
     ],
 )
 def test_the_operators_refuse_other_layouts(rows: int, page_size: int, message: str) -> None:
-    cache = torch.zeros(2, 2, rows, 64)
-    batch = Batch(
-        torch.zeros(1, 2, 32),
-        cache,
-        Rows(*(torch.ones(shape, dtype=torch.int32) for shape in ((1, 1), (1,), (1,)))),
-        page_size,
-    )
-    scores, masses = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16)
-    pages = torch.zeros(1, 2, 1, dtype=torch.int32)
-    key = torch.zeros(1, 2, 32)
-    slots = torch.zeros(1, dtype=torch.int64)
+    shape = replace(CODED, head_size=32, page_size=16, is_strided=False)
+    batch = make_batch(shape, [200], 1)
+    kv_cache = torch.zeros(2, 2, rows, 64, dtype=shape.dtype)
+    batch = replace(batch, shape=replace(shape, page_size=page_size), kv_cache=kv_cache)
+    key, slots = batch.query[:, :2], torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=message):
-        ops.write_kv(key, key, cache, slots, page_size=page_size, score="codes")
+        ops.write_kv(key, key, kv_cache, slots, page_size=page_size, score="codes")
     with pytest.raises(RuntimeError, match=message):
-        ops.score_codes(
-            batch.query, cache, batch.rows, masses, scores, page_size=page_size, scale=1.0
-        )
+        batch.score()
     with pytest.raises(RuntimeError, match=message):
-        attend(ops, batch, pages)
+        batch.sparse_decode()
 
 
 def test_a_head_that_the_rows_cannot_hold_is_refused() -> None:

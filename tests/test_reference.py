@@ -53,8 +53,10 @@ def test_no_key_of_a_page_exceeds_its_score(batch: Batch) -> None:
 
 @pytest.mark.parametrize("score", ["mean_std", "mid_dev"])
 def test_an_estimate_is_the_center_and_the_spread_seen_by_the_query(score: Score) -> None:
-    shape = Shape(64, num_kv_heads=1, group_size=1, pages_per_block=2, dtype=torch.float32)
-    batch = make_batch(shape, [1, 20, 32], 1, score=score)
+    shape = Shape(
+        64, num_kv_heads=1, group_size=1, pages_per_block=2, dtype=torch.float32, score=score
+    )
+    batch = make_batch(shape, [1, 20, 32], 1)
     scores = batch.run(reference).scores
     for row, length in ((1, 20), (2, 32)):
         query = batch.query[row, 0].double()
