@@ -125,14 +125,9 @@ class Layer:
         sizes = (blocks, case.kv_heads, rows, 2 * case.head_size)
         self.kv_cache = torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_()
         for part in self.kv_cache.split(1 + (1 << 29) // self.kv_cache[0].nbytes):
-            if case.score == "codes":
-                key = part[:, :, :tokens, : case.head_size].transpose(1, 2).flatten(0, 1)
-                slots = torch.arange(len(key), device=DEVICE)
-                ops.write_kv(key, key, part, slots, page_size=page_size, score=case.score)
-                continue
-            keys = part[:, :, :tokens, : case.head_size].unflatten(2, (-1, page_size))
-            part[:, :, tokens:, : case.head_size] = keys.amin(dim=3)
-            part[:, :, tokens:, case.head_size :] = keys.amax(dim=3)
+            key = part[:, :, :tokens, : case.head_size].transpose(1, 2).flatten(0, 1)
+            slots = torch.arange(len(key), device=DEVICE)
+            ops.write_kv(key, key, part, slots, page_size=page_size, score=case.score)
         shape = (case.rows, case.table_blocks)
         self.block_table = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
         self.block_table[:, : case.blocks] = torch.randperm(blocks, device=DEVICE).view(
@@ -155,7 +150,8 @@ class DecodeStep:
         self.key = torch.randn(*rows_heads, case.head_size, device=DEVICE).to(case.dtype)
         self.out = torch.empty_like(self.query)
         self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
-        self.masses = torch.empty(case.rows, case.heads, case.table_pages, device=DEVICE)
+        masses_shape = (case.rows, case.heads, case.table_pages)
+        self.masses = torch.empty(masses_shape, device=DEVICE) if case.score == "codes" else None
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         group_size = case.heads // case.kv_heads
         self.uses_clusters = (
