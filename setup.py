@@ -223,8 +223,8 @@ def cuda_extension(home: Path, archs: tuple[str, ...]) -> NativeExtension:
         f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
     )
     kernels = (
-        *STAGES,
-        "cluster_decode/cluster_decode",
+        *("write_kv", "write_codes", "score", "weigh_pages", "score_masses", "select"),
+        *("sparse_decode", "cluster_decode/cluster_decode"),
         "cluster_decode/cluster_decode_far_keys",
     )
     units = [Unit(CSRC / "cuda" / f"{kernel}.cu", "cuda", device) for kernel in kernels]

@@ -150,13 +150,15 @@ class DecodeStep:
         self.key = torch.randn(*rows_heads, case.head_size, device=DEVICE).to(case.dtype)
         self.out = torch.empty_like(self.query)
         self.scores = torch.empty(*rows_heads, case.table_pages, device=DEVICE)
-        masses_shape = (case.rows, case.heads, case.table_pages)
-        self.masses = torch.empty(masses_shape, device=DEVICE) if case.score == "codes" else None
+        columns = layout.mass_columns(case.table_pages, case.page_size)
+        self.masses = (
+            torch.empty(case.rows, case.heads, columns, device=DEVICE)
+            if case.score == "codes"
+            else None
+        )
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         group_size = case.heads // case.kv_heads
-        self.uses_clusters = (
-            case.score != "codes" and ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
-        )
+        self.uses_clusters = ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
         self.attention_settings: dict[str, Any] = {
             "page_size": case.page_size,
             "scale": case.head_size**-0.5,
@@ -172,7 +174,7 @@ class DecodeStep:
 
     def score(self, i: int) -> None:
         kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
-        if self.case.score == "codes":
+        if self.masses is not None:
             scale = self.case.head_size**-0.5
             rows = self.rows[i]
             ops.score_codes(
@@ -186,6 +188,16 @@ class DecodeStep:
             )
         else:
             ops.score(self.query, kv_cache, self.rows[i], self.scores, page_size=page_size)
+
+    def weigh_pages(self, i: int, masses: torch.Tensor) -> None:
+        ops.weigh_pages(
+            self.query,
+            self.layers[i].kv_cache,
+            self.rows[i],
+            masses,
+            page_size=self.case.page_size,
+            scale=self.case.head_size**-0.5,
+        )
 
     def select(self, i: int) -> None:
         ops.select(self.scores, self.rows[i], self.pages, page_size=self.case.page_size)
@@ -201,6 +213,9 @@ class DecodeStep:
         )
 
     def cluster_decode(self, i: int, *, follows_write_kv: bool) -> None:
+        if self.masses is not None:
+            follows_write_kv = False
+            self.weigh_pages(i, self.masses)
         ops.cluster_decode(
             self.query,
             self.layers[i].kv_cache,
@@ -208,6 +223,7 @@ class DecodeStep:
             self.out,
             far_keys=self.scores.view(torch.int32),
             follows_write_kv=follows_write_kv,
+            masses=self.masses,
             **self.attention_settings,
         )
 

@@ -34,17 +34,7 @@ void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   const ScoreKind kind = check_score_kind("write_kv", score);
   const Sizes sizes =
       check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size, kind);
-  const WriteKvParams params = {
-      .cache = cache_of(kv_cache, sizes),
-      .key = key.data_ptr(),
-      .value = value.data_ptr(),
-      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
-      .key_token_stride = key.stride(0),
-      .key_head_stride = key.stride(1),
-      .value_token_stride = value.stride(0),
-      .value_head_stride = value.stride(1),
-      .num_slots = static_cast<int>(sizes.num_slots),
-      .score = kind};
+  const WriteKvParams params = write_kv_params(key, value, kv_cache, slot_mapping, kind, sizes);
   kernels().write_kv(params);
   if (kind == ScoreKind::kCodes) kernels().write_codes(params);
 }
@@ -76,12 +66,10 @@ void score_codes(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   kernels().score_codes({.cache = cache_of(kv_cache, sizes),
                          .rows = rows_of(block_table, seq_lens, budget_pages, 0, sizes.num_rows),
                          .query = query.data_ptr(),
-                         .masses = static_cast<float*>(masses.data_ptr()),
+                         .masses = masses_of(masses, sizes, 0),
                          .scores = static_cast<float*>(scores.data_ptr()),
                          .query_row_stride = query.stride(0),
                          .query_head_stride = query.stride(1),
-                         .masses_row_stride = masses.stride(0),
-                         .masses_head_stride = masses.stride(1),
                          .scores_row_stride = scores.stride(0),
                          .scores_head_stride = scores.stride(1),
                          .group_size = sizes.group_size(),

@@ -41,6 +41,30 @@ inline KvCache cache_of(const Tensor& kv_cache, const Sizes& sizes) {
           .pages_per_block = static_cast<int>(sizes.block_tokens / sizes.page_size)};
 }
 
+// The masses of rows from `row` on.
+inline Masses masses_of(const Tensor& masses, const Sizes& sizes, int64_t row) {
+  return {.data = row_of<float>(masses, row),
+          .row_stride = masses.stride(0),
+          .head_stride = masses.stride(1),
+          .first_group = static_cast<int>(mass_columns(sizes).first_group)};
+}
+
+// What write_kv is given, on both devices.
+inline WriteKvParams write_kv_params(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                                     const Tensor& slot_mapping, ScoreKind score,
+                                     const Sizes& sizes) {
+  return {.cache = cache_of(kv_cache, sizes),
+          .key = key.data_ptr(),
+          .value = value.data_ptr(),
+          .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+          .key_token_stride = key.stride(0),
+          .key_head_stride = key.stride(1),
+          .value_token_stride = value.stride(0),
+          .value_head_stride = value.stride(1),
+          .num_slots = static_cast<int>(sizes.num_slots),
+          .score = score};
+}
+
 // Rows [first_row, first_row + num_rows) of a batch.
 inline Rows rows_of(const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
                     int64_t first_row, int64_t num_rows) {

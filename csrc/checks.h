@@ -225,27 +225,68 @@ inline void check_room_for_pages(const char* op, Device device, const Tensor& kv
   check.inner_contiguous(arg);
 }
 
-// Of `score` and `score_codes`, the latter with masses.
-inline Sizes check_score(const char* op, Device device, const Tensor& query, const Tensor& kv_cache,
-                         const Tensor& block_table, const Tensor& seq_lens,
-                         const Tensor& budget_pages, int64_t page_size, ScoreKind kind,
-                         const Tensor* masses, const Tensor& scores) {
+// The columns of masses: pages, and behind them groups. Both begin at multiples of 16 bytes.
+struct MassColumns {
+  int64_t first_group, all;
+};
+
+inline MassColumns mass_columns(const Sizes& sizes) {
+  constexpr int64_t kAtOnce = 4;
+  const auto rounded_up = [](int64_t n) { return (n + kAtOnce - 1) / kAtOnce * kAtOnce; };
+  const int64_t first_group = rounded_up(sizes.max_pages);
+  return {first_group, first_group + rounded_up(sizes.max_pages * sizes.page_size / kGroupTokens)};
+}
+
+inline void check_masses(const char* op, Device device, const Tensor& kv_cache,
+                         const Tensor& masses, const Sizes& sizes) {
+  const Checks check(op, device);
+  const Arg arg = {"masses", masses};
+  check.device({{"kv_cache", kv_cache}, arg});
+  check.dtype(arg, ScalarType::Float);
+  check.shape(arg, {sizes.num_rows, sizes.num_heads, -1});
+  const int64_t columns = mass_columns(sizes).all;
+  QUEST_CHECK(masses.size(2) >= columns, op, "shape", "masses must have ", columns,
+              " columns for pages and groups, got ", masses.size(2));
+  check.inner_contiguous(arg);
+}
+
+// What `score`, `score_codes` and `weigh_pages` have in common.
+inline Sizes check_scored_rows(const char* op, Device device, const Tensor& query,
+                               const Tensor& kv_cache, const Tensor& block_table,
+                               const Tensor& seq_lens, const Tensor& budget_pages,
+                               int64_t page_size, ScoreKind kind) {
   const Checks check(op, device);
   Sizes sizes;
   check.device({{"kv_cache", kv_cache},
                 {"query", query},
                 {"block_table", block_table},
                 {"seq_lens", seq_lens},
-                {"budget_pages", budget_pages},
-                {"scores", scores}});
+                {"budget_pages", budget_pages}});
   check.cache(kv_cache, page_size, kind, sizes);
   check.rows(query, kv_cache, block_table, seq_lens, budget_pages, sizes);
+  return sizes;
+}
+
+inline Sizes check_weigh_pages(const char* op, Device device, const Tensor& query,
+                               const Tensor& kv_cache, const Tensor& block_table,
+                               const Tensor& seq_lens, const Tensor& budget_pages,
+                               int64_t page_size, const Tensor& masses) {
+  const Sizes sizes = check_scored_rows(op, device, query, kv_cache, block_table, seq_lens,
+                                        budget_pages, page_size, ScoreKind::kCodes);
+  check_masses(op, device, kv_cache, masses, sizes);
+  return sizes;
+}
+
+// Of `score` and `score_codes`, the latter with masses.
+inline Sizes check_score(const char* op, Device device, const Tensor& query, const Tensor& kv_cache,
+                         const Tensor& block_table, const Tensor& seq_lens,
+                         const Tensor& budget_pages, int64_t page_size, ScoreKind kind,
+                         const Tensor* masses, const Tensor& scores) {
+  const Sizes sizes = check_scored_rows(op, device, query, kv_cache, block_table, seq_lens,
+                                        budget_pages, page_size, kind);
   check_room_for_pages(op, device, kv_cache, {"scores", scores}, ScalarType::Float, sizes,
                        sizes.num_kv_heads);
-  if (masses != nullptr) {
-    check_room_for_pages(op, device, kv_cache, {"masses", *masses}, ScalarType::Float, sizes,
-                         sizes.num_heads);
-  }
+  if (masses != nullptr) check_masses(op, device, kv_cache, *masses, sizes);
   return sizes;
 }
 

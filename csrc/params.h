@@ -57,14 +57,21 @@ struct ScoreParams {
   int group_size;
 };
 
+// What pages are estimated to weigh, log2 of the sum of e^logit over their tokens, and behind them
+// what groups of kGroupTokens tokens do.
+struct Masses {
+  float* data;  // [num_rows, num_heads, first_group + max_groups]; null: there are none
+  int64_t row_stride, head_stride;
+  int first_group;  // the column of the first group: max_pages, rounded up to 4
+};
+
 struct ScoreCodesParams {
   KvCache cache;
   Rows rows;
   const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
-  float* masses;      // scratch: [num_rows, num_heads, max_pages]
+  Masses masses;      // scratch
   float* scores;      // out: [num_rows, num_kv_heads, max_pages]
   int64_t query_row_stride, query_head_stride;
-  int64_t masses_row_stride, masses_head_stride;
   int64_t scores_row_stride, scores_head_stride;
   int group_size;
   float scale;
@@ -113,6 +120,7 @@ struct SparseDecodeParams {
 
 struct ClusterDecodeParams {
   SparseDecodeParams decode;  // without pages
+  Masses masses;              // what pages are chosen by, where keys have codes
   Kept kept;
   // Nothing was launched since write_kv of the same layer; all else that is read was there before
   // write_kv began.

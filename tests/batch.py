@@ -63,7 +63,7 @@ class Batch:
     query: Tensor  # [num_rows, num_heads, head_size]
     kv_cache: Tensor  # [num_blocks, num_kv_heads, block_rows, 2 * head_size]
     rows: ops.Rows
-    masses: Tensor | None  # [num_rows, num_heads, max_pages] fp32; for codes alone
+    masses: Tensor | None  # [num_rows, num_heads, mass_columns] fp32; for codes alone
     scores: Tensor  # [num_rows, num_kv_heads, max_pages] fp32
     pages: Tensor  # [num_rows, num_kv_heads, max_selected] int32
     out: Tensor  # [num_rows, num_heads, head_size]
@@ -133,8 +133,15 @@ class Batch:
         return self
 
     def cluster_decode(self, *, follows_write_kv: bool = False) -> Tensor:
-        """The three stages in one launch. Far keys take the place of the scores, as in vLLM."""
+        """The three stages in one launch, after `weigh_pages` for the score `codes`.
+
+        Far keys take the place of the scores, as in vLLM.
+        """
         shape, max_pages = self.shape, self.scores.shape[-1]
+        if self.masses is not None:
+            logits = {"scale": self.scale, "soft_cap": self.soft_cap}
+            rows = (self.query, self.kv_cache, self.rows)
+            ops.weigh_pages(*rows, self.masses, page_size=shape.page_size, **logits)
         near = ops.max_cluster_pages(shape.group_size, shape.head_size, self.query.device)
         ops.cluster_decode(
             self.query,
@@ -144,6 +151,7 @@ class Batch:
             workspace=self.workspace,
             far_keys=self.scores.view(torch.int32) if max_pages > near else None,
             follows_write_kv=follows_write_kv,
+            masses=self.masses,
             **self._attention,
             **self.kept,
         )
@@ -288,7 +296,8 @@ def untouched_outputs(shape: Shape, rows: ops.Rows) -> dict[str, Tensor | None]:
     max_pages = rows.block_table.shape[1] * shape.pages_per_block
     rows_heads = (num_rows, shape.num_kv_heads)
     out_sizes = (num_rows, shape.num_heads, shape.head_size)
-    masses = torch.full((num_rows, shape.num_heads, max_pages), torch.nan, device=device)
+    columns = layout.mass_columns(max_pages, shape.page_size)
+    masses = torch.full((num_rows, shape.num_heads, columns), torch.nan, device=device)
     return {
         "masses": masses if shape.score == "codes" else None,
         "scores": torch.full((*rows_heads, max_pages), float(UNTOUCHED), device=device),
@@ -351,15 +360,14 @@ def score_codes_error(batch: Attended) -> float:
 def rounding_of_the_query(batch: Attended) -> float:
     """How far the integers that stand for q * step on a GPU may move a score.
 
-    Each is off by half a part in 2^22 / (3 * head_size) - 1 of the largest, and meets a code of at
-    most 3. Exponentials and logarithms are approximate to within 1e-5. A score is a difference of
-    two masses.
+    Of half the channels each is off by half a part in 32639 of the largest, of the others by four
+    times as much, and each meets a code of at most 3. Exponentials and logarithms are approximate
+    to within 1e-5. A score is a difference of two masses.
     """
     head_size = batch.query.shape[-1]
     steps = scales(batch)[..., head_size:]
-    factor = float(steps.amax() * batch.query.double().abs().amax())
-    integers = 2**22 // (3 * head_size) - 1
-    return 2 * (1.4427 * batch.scale * 3 * head_size * 0.5 * factor / integers + 1e-5)
+    one = float(steps.amax() * batch.query.double().abs().amax()) / 32639
+    return 2 * (1.4427 * batch.scale * 3 * head_size * (0.5 + 2) / 2 * one + 1e-5)
 
 
 def scales(batch: Attended) -> Tensor:

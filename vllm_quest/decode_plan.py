@@ -85,8 +85,13 @@ class DecodePlan:
         num_rows, size = len(self.rows), len(self.scores)
         return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
-    def cluster_passes(self) -> list[tuple[slice, Tensor | None]]:
-        """The rows, in parts for one launch each, and the far keys that each needs."""
-        if self.far_keys is None:
-            return [(slice(0, len(self.rows)), None)]
-        return [(part, self.far_keys[: part.stop - part.start]) for part in self.passes()]
+    def cluster_passes(self, *, with_scratch: bool) -> list[tuple[slice, Tensor | None]]:
+        """The rows, in parts for one launch each, and the far keys that each needs.
+
+        All rows in one part, unless far keys or, `with_scratch`, what pages weigh must hold them.
+        """
+        far_keys = self.far_keys
+        if far_keys is None:
+            parts = self.passes() if with_scratch else [slice(0, len(self.rows))]
+            return [(part, None) for part in parts]
+        return [(part, far_keys[: part.stop - part.start]) for part in self.passes()]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_quest import kv_page, ops
+from vllm_quest import kv_page, layout, ops
 from vllm_quest.config import QuestConfig
 from vllm_quest.decode_plan import DecodePlan
 from vllm_quest.layers import is_full_attention
@@ -47,7 +47,7 @@ def choose_by_score(
     """QUEST's own choice. On GPUs with clusters of CTAs `ops.cluster_decode` makes it."""
     page_size = impl.quest.page_size
     if impl.quest.score == "codes":
-        masses = scores.new_empty(*query.shape[:2], scores.shape[2])
+        masses = impl.new_masses(query, scores)
         ops.score_codes(
             query,
             kv_cache,
@@ -213,14 +213,28 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             "score": self.quest.score,
         }
         if chooses and plan.in_clusters and QuestImpl.chooser is choose_by_score:
-            for part, far_keys in plan.cluster_passes():
+            is_coded = self.quest.score == "codes"
+            for part, far_keys in plan.cluster_passes(with_scratch=is_coded):
+                masses = None
+                if is_coded:
+                    masses = self.new_masses(query[part], plan.scores)
+                    ops.weigh_pages(
+                        query[part],
+                        kv_cache,
+                        rows[part],
+                        masses,
+                        page_size=self.quest.page_size,
+                        scale=self.scale,
+                        soft_cap=self.soft_cap,
+                    )
                 ops.cluster_decode(
                     query[part],
                     kv_cache,
                     rows[part],
                     output[part],
                     far_keys=far_keys,
-                    follows_write_kv=self.has_own_cache and part.start == 0,
+                    follows_write_kv=self.has_own_cache and part.start == 0 and not is_coded,
+                    masses=masses,
                     **attention,
                     **self.kept,
                 )
@@ -231,6 +245,11 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             if chooses:
                 QuestImpl.chooser(self, layer, query[part], kv_cache, rows[part], scores, pages)
             ops.sparse_decode(query[part], kv_cache, rows[part], pages, output[part], **attention)
+
+    def new_masses(self, query: Tensor, scores: Tensor) -> Tensor:
+        """Scratch of `ops.score_codes` and `ops.weigh_pages`, for a query and its scores."""
+        columns = layout.mass_columns(scores.shape[2], self.quest.page_size)
+        return scores.new_empty(*query.shape[:2], columns)
 
     @classmethod
     @contextlib.contextmanager

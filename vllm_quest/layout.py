@@ -37,3 +37,13 @@ def block_tokens(block_rows: int, page_size: int, score: Score) -> int:
             f"{tokens} tokens and what they are scored by"
         )
     return units * tokens
+
+
+def mass_columns(max_pages: int, page_size: int) -> int:
+    """Columns of the scratch that `ops.score_codes` and `ops.weigh_pages` fill.
+
+    Pages, and behind them groups of 128 tokens, both rounded up to 16 bytes of fp32 (`check_masses`
+    in `csrc/checks.h`).
+    """
+    max_groups = max_pages * page_size // GROUP_TOKENS
+    return -(-max_pages // 4) * 4 + -(-max_groups // 4) * 4

@@ -1,6 +1,7 @@
 """Typed wrappers of the compiled operators `torch.ops.vllm_quest.*`, one per stage.
 
-The same five operators exist for CPU and CUDA. `vllm_quest/reference.py` says in plain PyTorch
+The same operators exist for CPU and CUDA, but for `weigh_pages` and `cluster_decode`, which GPUs
+have alone. `vllm_quest/reference.py` says in plain PyTorch
 what each computes; `csrc/README.md` says how.
 
 Dimension names, used in Python and C++ alike:
@@ -146,9 +147,7 @@ def score_codes(
 ) -> None:
     """Estimate which share of the attention every page holds, from the codes of its keys.
 
-    A logit is scale * (q·offset + Σ_d q_d step_d code_d), soft-capped if need be. A page's mass is
-    the base-2 logarithm of Σ e^logit over its tokens, by query head. Tokens of a group that is not
-    full have no codes, and their logits are exact. A page's score is the largest, over the query
+    What a page weighs is `weigh_pages`'s mass of it. A page's score is the largest, over the query
     heads that share a KV head, of its mass less the mass of all pages. Pages of a group that is not
     full get scores above all others, the higher the newer: `select` takes them before it takes any
     page for its share.
@@ -157,7 +156,8 @@ def score_codes(
         query: `[num_rows, num_heads, head_size]`, dtype of the cache.
         kv_cache: see the module, written with the score `codes`.
         rows: lengths, tables and budgets.
-        masses: out, `[num_rows, num_heads, >= max_pages]` fp32; written where scores are.
+        masses: scratch, `[num_rows, num_heads, >= layout.mass_columns]` fp32, whose rows begin at
+            multiples of 16 bytes on a GPU; the first max_pages columns are `weigh_pages`'s.
         scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
             ceil(seq_len / page_size) of rows over their budget are written. Page p of a group that
             is not full gets 2^102 * (2^23 + p).
@@ -176,6 +176,48 @@ def score_codes(
         soft_cap,
         masses,
         scores,
+    )
+
+
+def weigh_pages(
+    query: Tensor,
+    kv_cache: Tensor,
+    rows: Rows,
+    masses: Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> None:
+    """Estimate what every page weighs for every query head, from the codes of its keys, on a GPU.
+
+    The first half of `score_codes`; `cluster_decode` does the other. A logit is
+    scale * (q·offset + Σ_d q_d step_d code_d), soft-capped if need be. A page's mass is the base-2
+    logarithm of Σ e^logit over its tokens. Tokens of a group that is not full have no codes, and
+    their logits are exact.
+
+    Args:
+        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        kv_cache: see the module, written with the score `codes`.
+        rows: lengths, tables and budgets.
+        masses: out, `[num_rows, num_heads, >= layout.mass_columns]` fp32, whose rows begin at
+            multiples of 16 bytes. Of rows over their budget, the first ceil(seq_len / page_size)
+            columns get the masses of pages, and those from max_pages, rounded up to 4, the masses
+            of groups of 128 tokens.
+        page_size: tokens per page; divides 128.
+        scale: factor of q·k.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
+    """
+    torch.ops.vllm_quest.weigh_pages(
+        query,
+        kv_cache,
+        rows.block_table,
+        rows.seq_lens,
+        rows.budget_pages,
+        page_size,
+        scale,
+        soft_cap,
+        masses,
     )
 
 
@@ -277,6 +319,7 @@ def cluster_decode(
     keep_first_pages: int = 0,
     keep_newest_percent: int = 0,
     score: Score = "minmax",
+    masses: Tensor | None = None,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
@@ -291,12 +334,13 @@ def cluster_decode(
             query was there before that. Then most of the work is done beside `write_kv`
             (csrc/cuda/DESIGN.md, "Decode begins beside the write"). It holds for rows whose pages
             are of earlier steps, but for the last GROWING_PAGES; others need the budget
-            UNSETTLED_PAGES.
+            UNSETTLED_PAGES. Not with the score `codes`, since `weigh_pages` comes in between.
+        masses: from `weigh_pages`, for the score `codes`.
 
     Raises:
-        RuntimeError: the score is `codes`, the GPU has no clusters, the block table holds more
-            pages a row than `max_cluster_pages` allows with or without far keys, or what all
-            operators refuse.
+        RuntimeError: the GPU has no clusters, the block table holds more pages a row than
+            `max_cluster_pages` allows with or without far keys, masses are missing or belong to
+            another score, or what all operators refuse.
     """
     torch.ops.vllm_quest.cluster_decode(
         query,
@@ -315,6 +359,7 @@ def cluster_decode(
         keep_first_pages,
         keep_newest_percent,
         score,
+        masses,
     )
 
 

@@ -186,8 +186,8 @@ void weigh_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, in
                row_size;
   };
   const auto masses_of = [&](int head, int group) {
-    return p.masses + row * p.masses_row_stride +
-           (kv_head * p.group_size + head) * p.masses_head_stride + group * group_pages;
+    return p.masses.data + row * p.masses.row_stride +
+           (kv_head * p.group_size + head) * p.masses.head_stride + group * group_pages;
   };
   const Query query = load_query<T>(p, row, kv_head);
   const int end_full = min_of(end, seq_len / kGroupTokens);
@@ -239,7 +239,7 @@ void score_pages(const ScoreCodesParams& p, int row, int kv_head) {
   float* scores = p.scores + row * p.scores_row_stride + kv_head * p.scores_head_stride;
   for (int page = 0; page < num_coded; ++page) scores[page] = -__builtin_inff();
   for (int head = kv_head * p.group_size; head < (kv_head + 1) * p.group_size; ++head) {
-    const float* masses = p.masses + row * p.masses_row_stride + head * p.masses_head_stride;
+    const float* masses = p.masses.data + row * p.masses.row_stride + head * p.masses.head_stride;
     const float total = total_of(masses, num_pages);
     for (int page = 0; page < num_coded; ++page) {
       scores[page] = max_of(scores[page], masses[page] - total);

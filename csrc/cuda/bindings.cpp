@@ -80,17 +80,7 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
               " blocks of ", sizes.block_tokens);
   if (sizes.num_slots == 0) return;
   const DeviceGuard guard(kv_cache.get_device_index());
-  const WriteKvParams params = {
-      .cache = cache_of(kv_cache, sizes),
-      .key = key.data_ptr(),
-      .value = value.data_ptr(),
-      .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
-      .key_token_stride = key.stride(0),
-      .key_head_stride = key.stride(1),
-      .value_token_stride = value.stride(0),
-      .value_head_stride = value.stride(1),
-      .num_slots = static_cast<int>(sizes.num_slots),
-      .score = kind};
+  const WriteKvParams params = write_kv_params(key, value, kv_cache, slot_mapping, kind, sizes);
   check_launch(op, write_kv(params, current_stream(kv_cache)));
   if (kind == ScoreKind::kCodes) check_launch(op, write_codes(params, current_stream(kv_cache)));
 }
@@ -119,34 +109,53 @@ void score_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_t
   });
 }
 
+// Weighs pages, and scores them too if there is a place for scores.
+void weigh_and_score(const char* op, const Tensor& query, const Tensor& kv_cache,
+                     const Tensor& block_table, const Tensor& seq_lens, const Tensor& budget_pages,
+                     double scale, double soft_cap, const Tensor& masses, const Tensor* scores,
+                     const Sizes& sizes) {
+  check_cache(op, kv_cache, sizes);
+  check_group(op, sizes);
+  check_aligned(op, {"query", query});
+  check_aligned(op, {"masses", masses});
+  const DeviceGuard guard(kv_cache.get_device_index());
+  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
+    ScoreCodesParams params = {.cache = cache_of(kv_cache, sizes),
+                               .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
+                               .query = row_of<void>(query, row),
+                               .masses = masses_of(masses, sizes, row),
+                               .query_row_stride = query.stride(0),
+                               .query_head_stride = query.stride(1),
+                               .group_size = sizes.group_size(),
+                               .scale = static_cast<float>(scale),
+                               .soft_cap = static_cast<float>(soft_cap)};
+    check_launch(op, weigh_pages(params, current_stream(kv_cache)));
+    if (scores == nullptr) return;
+    params.scores = row_of<float>(*scores, row);
+    params.scores_row_stride = scores->stride(0);
+    params.scores_head_stride = scores->stride(1);
+    check_launch(op, score_masses(params, current_stream(kv_cache)));
+  });
+}
+
+void weigh_pages_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                    const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
+                    double scale, double soft_cap, const Tensor& masses) {
+  const char* op = "weigh_pages";
+  const Sizes sizes = check_weigh_pages(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
+                                        budget_pages, page_size, masses);
+  weigh_and_score(op, query, kv_cache, block_table, seq_lens, budget_pages, scale, soft_cap, masses,
+                  nullptr, sizes);
+}
+
 void score_codes_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& budget_pages, int64_t page_size,
                     double scale, double soft_cap, const Tensor& masses, const Tensor& scores) {
   const char* op = "score_codes";
   const Sizes sizes = check_score(op, Device::kCuda, query, kv_cache, block_table, seq_lens,
                                   budget_pages, page_size, ScoreKind::kCodes, &masses, scores);
-  check_cache(op, kv_cache, sizes);
-  check_group(op, sizes);
-  check_aligned(op, {"query", query});
-  const DeviceGuard guard(kv_cache.get_device_index());
-  for_rows(sizes.num_rows, [&](int64_t row, int64_t num_rows) {
-    check_launch(op,
-                 score_codes({.cache = cache_of(kv_cache, sizes),
-                              .rows = rows_of(block_table, seq_lens, budget_pages, row, num_rows),
-                              .query = row_of<void>(query, row),
-                              .masses = row_of<float>(masses, row),
-                              .scores = row_of<float>(scores, row),
-                              .query_row_stride = query.stride(0),
-                              .query_head_stride = query.stride(1),
-                              .masses_row_stride = masses.stride(0),
-                              .masses_head_stride = masses.stride(1),
-                              .scores_row_stride = scores.stride(0),
-                              .scores_head_stride = scores.stride(1),
-                              .group_size = sizes.group_size(),
-                              .scale = static_cast<float>(scale),
-                              .soft_cap = static_cast<float>(soft_cap)},
-                             current_stream(kv_cache)));
-  });
+  weigh_and_score(op, query, kv_cache, block_table, seq_lens, budget_pages, scale, soft_cap, masses,
+                  &scores, sizes);
 }
 
 void select_op(const Tensor& scores, const Tensor& seq_lens, const Tensor& budget_pages,
@@ -257,20 +266,28 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        const std::optional<Tensor>& workspace,
                        const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
                        bool follows_write_kv, int64_t keep_first_pages, int64_t keep_newest_percent,
-                       std::string score) {
+                       std::string score, const std::optional<Tensor>& masses) {
   const char* op = "cluster_decode";
   const ScoreKind kind = check_score_kind(op, score);
-  QUEST_CHECK(kind != ScoreKind::kCodes, op, "values",
-              "score must be made of bounds, got codes: use score_codes, select, sparse_decode");
   const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
                     soft_cap, out, workspace, counters, kind, sizes);
+  const bool has_masses = kind == ScoreKind::kCodes;
+  QUEST_CHECK(has_masses == masses.has_value(), op, "values",
+              "masses, from weigh_pages, belong to the score codes alone, got score ", score,
+              has_masses ? " without masses" : " and masses");
+  QUEST_CHECK(!(has_masses && follows_write_kv), op, "values",
+              "follows_write_kv must be false for the score codes: weigh_pages is in between");
+  if (has_masses) {
+    check_masses(op, Device::kCuda, kv_cache, *masses, sizes);
+    check_aligned(op, {"masses", *masses});
+  }
   const DeviceGuard guard(kv_cache.get_device_index());
   const int max_near_pages = max_cluster_pages(params.cache, params.group_size, false);
-  QUEST_CHECK(max_near_pages > 0, op, "device",
-              "this GPU has no clusters of CTAs: use score, select, sparse_decode");
+  QUEST_CHECK(max_near_pages > 0, op, "device", "this GPU has no clusters of CTAs: use ",
+              has_masses ? "score_codes" : "score", ", select, sparse_decode");
   // Whether there are far keys is decided here alone; the launcher reads FarKeys::data.
   const bool has_far_keys = sizes.max_pages > max_near_pages;
   if (has_far_keys) {
@@ -278,7 +295,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
     QUEST_CHECK(far_keys.has_value(), op, "values", "block_table may hold ", max_near_pages,
                 " pages a row without far_keys, got ", sizes.max_pages);
     QUEST_CHECK(sizes.max_pages <= max_pages, op, "shape", "block_table may hold ", max_pages,
-                " pages a row, got ", sizes.max_pages, ": use score, select, sparse_decode");
+                " pages a row, got ", sizes.max_pages, ": use ",
+                has_masses ? "score_codes" : "score", ", select, sparse_decode");
     const Arg arg = {"far_keys", *far_keys};
     check_room_for_pages(op, Device::kCuda, kv_cache, arg, ScalarType::Int, sizes,
                          sizes.num_kv_heads);
@@ -294,10 +312,12 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
               .row_stride = far_keys->stride(0),
               .head_stride = far_keys->stride(1)};
     }
-    check_launch(
-        op, cluster_decode(
-                {.decode = params, .kept = kept, .follows_write_kv = follows_write_kv && row == 0},
-                keys, current_stream(kv_cache)));
+    check_launch(op,
+                 cluster_decode({.decode = params,
+                                 .masses = has_masses ? masses_of(*masses, sizes, row) : Masses{},
+                                 .kept = kept,
+                                 .follows_write_kv = follows_write_kv && row == 0},
+                                keys, current_stream(kv_cache)));
   });
 }
 
@@ -318,7 +338,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
       "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
       "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0, "
-      "str score=\"minmax\") -> ()");
+      "str score=\"minmax\", Tensor? masses=None) -> ()");
+  library.def(
+      "weigh_pages(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
+      "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) masses) -> ()");
   library.def("max_cluster_pages(int group_size, int head_size, bool far_keys=False) -> int");
   library.def("cuda_archs() -> str");
 }
@@ -326,6 +349,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_quest, CUDA, library) {
   library.impl("write_kv", TORCH_BOX(&write_kv_op));
   library.impl("score", TORCH_BOX(&score_op));
+  library.impl("weigh_pages", TORCH_BOX(&weigh_pages_op));
   library.impl("score_codes", TORCH_BOX(&score_codes_op));
   library.impl("select", TORCH_BOX(&select_op));
   library.impl("sparse_decode", TORCH_BOX(&sparse_decode_op));

@@ -162,6 +162,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The low halves (or the high halves) of two words in one word, `first` lower.
 __device__ __forceinline__ uint32_t pack_low(uint32_t first, uint32_t second) {
   return __byte_perm(first, second, 0x5410);

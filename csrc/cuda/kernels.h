@@ -13,7 +13,8 @@ cudaError_t write_kv(const WriteKvParams&, cudaStream_t stream);
 // For the score `codes`, behind write_kv.
 cudaError_t write_codes(const WriteKvParams&, cudaStream_t stream);
 cudaError_t score(const ScoreParams&, cudaStream_t stream);
-cudaError_t score_codes(const ScoreCodesParams&, cudaStream_t stream);
+cudaError_t weigh_pages(const ScoreCodesParams&, cudaStream_t stream);
+cudaError_t score_masses(const ScoreCodesParams&, cudaStream_t stream);
 cudaError_t select(const SelectParams&, cudaStream_t stream);
 
 cudaError_t sparse_decode(const SparseDecodeParams&, cudaStream_t stream);

@@ -41,4 +41,9 @@ __device__ __forceinline__ MergedStates merge(const SoftmaxState& first,
           second_factor};
 }
 
+// log2 of all weights.
+__device__ __forceinline__ float mass_of(const SoftmaxState& state) {
+  return state.max_log2 + log2_fast(state.sum);
+}
+
 }  // namespace quest::cuda

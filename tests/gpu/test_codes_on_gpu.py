@@ -1,9 +1,11 @@
 """Keys in 2 bits on a GPU: the reference's bits, and its scores but for the query's rounding."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from batch import (
     CPU,
@@ -14,6 +16,7 @@ from batch import (
     rounding_of_the_query,
     score_codes_error,
 )
+from gpu.test_cluster_decode import decodes_alike, wide_table
 from vllm_quest import config, extension, ops, reference
 
 DEVICE = torch.device("cuda")
@@ -26,6 +29,11 @@ pytestmark = [
         not extension.library("cuda").exists(), reason="the CUDA operators are not built"
     ),
 ]
+
+needs_clusters = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="clusters of CTAs begin with sm_90",
+)
 
 CODED = Shape(pages_per_block=8, score="codes", is_strided=True)
 SHAPES = [
@@ -133,7 +141,64 @@ def test_a_group_that_becomes_full_is_coded_before_it_is_scored() -> None:
     assert torch.equal(batch.score(), expected)
 
 
-def test_clusters_refuse_codes_by_name() -> None:
+@needs_clusters
+@all_shapes
+def test_clusters_choose_what_select_chooses(shape: Shape) -> None:
+    lengths = [0, 1, GROUP - 1, GROUP, GROUP + 1, 3 * GROUP, 9 * GROUP + 7, 1300, 5000]
+    assert decodes_alike(make_batch(shape, lengths, [1, 1, 1, 2, 1, 1, 2, 1, 3], DEVICE))
+    assert decodes_alike(make_batch(shape, lengths, ops.UNLIMITED_PAGES, DEVICE))
+
+
+@needs_clusters
+@pytest.mark.parametrize("first", [0, 1, 5])
+@pytest.mark.parametrize("percent", [0, 25, 100])
+@pytest.mark.parametrize("rows", [1, 6, 40])  # clusters of 16 CTAs, of some, and CTAs alone
+def test_clusters_keep_pages(rows: int, percent: int, first: int) -> None:
+    lengths = [1 + 977 * row % 3000 + 1600 for row in range(rows)]
+    budgets = [(1, 2, 40, 17, 100, 1000)[row % 6] for row in range(rows)]
+    batch = make_batch(replace(CODED, num_kv_heads=4), lengths, budgets, DEVICE)
+    batch.kept = {"keep_first_pages": first, "keep_newest_percent": percent}
+    batch.query[1::3] = 0  # pages of as many tokens weigh the same
+    assert decodes_alike(batch)
+
+
+@needs_clusters
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5, 30.0])
+def test_clusters_cap_logits(soft_cap: float) -> None:
+    assert decodes_alike(make_batch(CODED, [1000, 4000], 3, DEVICE, soft_cap=soft_cap))
+
+
+@needs_clusters
+@pytest.mark.large
+def test_clusters_take_a_long_row() -> None:
+    assert decodes_alike(make_batch(replace(CODED, num_kv_heads=8), [131072 - 5], 128, DEVICE))
+
+
+@needs_clusters
+@pytest.mark.parametrize("percent", [0, 100])
+def test_clusters_take_rows_with_far_keys(percent: int) -> None:
+    shape = replace(CODED, num_kv_heads=1, page_size=8, pages_per_block=16)
+    tokens = wide_table(shape)
+    batch = make_batch(shape, [tokens - 3, 0, 30, 5000], 40, DEVICE, max_tokens=tokens)
+    batch.kept = {"keep_first_pages": 1, "keep_newest_percent": percent}
+    assert decodes_alike(batch)
+
+
+@needs_clusters
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"masses": None}, "masses, from weigh_pages, belong to the score codes alone"),
+        ({"score": "minmax"}, "kv_cache must hold"),
+        ({"follows_write_kv": True}, "follows_write_kv must be false for the score codes"),
+        ({"masses": torch.zeros(1, 8, 4)}, "masses"),
+    ],
+    ids=["none", "minmax", "beside the write", "narrow"],
+)
+def test_clusters_refuse_other_masses(change: dict[str, Any], message: str) -> None:
     batch = make_batch(CODED, [300], 3, DEVICE)
-    with pytest.raises(RuntimeError, match=r"score must be made of bounds, got codes"):
-        batch.cluster_decode()
+    settings = {"page_size": 16, "scale": 1.0, "score": "codes", "masses": batch.masses}
+    settings["workspace"] = batch.workspace
+    settings |= {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        ops.cluster_decode(batch.query, batch.kv_cache, batch.rows, batch.out, **settings)

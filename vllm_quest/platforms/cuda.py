@@ -77,8 +77,7 @@ class BatchPlanner:
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
         shape = (group_size, spec.head_size, device)
         self.in_clusters = (
-            quest.score != "codes"  # score_codes, select and sparse_decode serve it
-            and pages <= ops.max_cluster_pages(*shape, far_keys=True)
+            pages <= ops.max_cluster_pages(*shape, far_keys=True)
             and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
         )
         # A layer decodes in clusters or scores pages, never both: one scratch serves.

@@ -25,6 +25,7 @@
 #include "../cluster.cuh"
 #include "../device.cuh"
 #include "../divisor.cuh"
+#include "../masses.cuh"
 #include "../rows.cuh"
 #include "../score_pages.cuh"
 #include "../selection.cuh"
@@ -70,6 +71,7 @@ class ClusterDecode {
       : p_(params.decode),
         far_keys_(far_keys),
         divisors_(divisors),
+        masses_(params.masses),
         kept_(params.kept),
         follows_write_kv_(params.follows_write_kv),
         memory_(*reinterpret_cast<Memory*>(shared_memory)),
@@ -98,10 +100,10 @@ class ClusterDecode {
         num_pages_(divisors.page_size.quotient(seq_len_ + p_.cache.page_size - 1)),
         num_newest_(kept_pages(kept_, budget_pages_).newest) {}
 
-  // Wait for the previous kernel, unless it is write_kv: the query was there before that began.
-  // Then load the query group to registers.
+  // Wait for the previous kernel, unless it is write_kv or weigh_pages: the query was there before
+  // that began. Then load the query group to registers.
   __device__ void load_query() {
-    if (!follows_write_kv_) wait_for_previous_kernel();
+    if (!follows_write_kv_ && masses_.data == nullptr) wait_for_previous_kernel();
     query_.load(static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
                     head_ * p_.group_size * p_.query_head_stride,
                 p_.query_head_stride, p_.group_size);
@@ -128,8 +130,8 @@ class ClusterDecode {
     // Load the block table, and issue the first bounds before the table arrives.
     int32_t entries[kMoreEntries];
     load_entries(entries);
-    if (kFarKeys && is_sparse()) look_ahead(first_tile_page() + tile_step());
-    if (is_sparse()) fetch_first_bounds();
+    if (kFarKeys && scores_bounds()) look_ahead(first_tile_page() + tile_step());
+    if (scores_bounds()) fetch_first_bounds();
     keep_entries(entries);
     memory_.selection.clear();
     if (budget_pages_ == kUnsettledPages) wait_for_previous_kernel();
@@ -137,7 +139,7 @@ class ClusterDecode {
     __syncthreads();
 
     // Fill the rings with bounds.
-    if (is_sparse()) {
+    if (scores_bounds()) {
       for (int i = 1; i < stages_; ++i) fetch_bounds(first_tile_page() + i * tile_step());
     }
 
@@ -146,7 +148,11 @@ class ClusterDecode {
 
     // Score, exchange keys, and select.
     if (is_sparse()) {
-      score();
+      if (scores_bounds()) {
+        score();
+      } else {
+        score_masses();
+      }
       cta_.wait_for(memory_.arrived.scores);
       if (has_far_keys()) cluster_sync();
       select();
@@ -158,6 +164,9 @@ class ClusterDecode {
 
  private:
   __device__ bool is_sparse() const { return num_pages_ > budget_pages_; }
+
+  // Whether pages have bounds; otherwise weigh_pages has weighed them.
+  __device__ bool scores_bounds() const { return is_sparse() && masses_.data == nullptr; }
 
   // Pages before the newest that are kept. All are scored; the first that are kept do not compete.
   __device__ int num_competing() const { return num_pages_ - num_newest_; }
@@ -341,7 +350,56 @@ class ClusterDecode {
       }
     }
 
-    // Prefetch the warp's best page, and send it and the range of keys to all CTAs.
+    finish_scores(range, best);
+  }
+
+  // Score this CTA's pages by what they weigh, and send their keys and each warp's best page to all
+  // CTAs. A lane has four pages, and 128 of a warp are dealt to the CTAs in turn. A lane's next
+  // pages are loaded before it scores these.
+  __device__ void score_masses() {
+    const PairMasses masses(masses_, row_, head_, p_.group_size, seq_len_, p_.cache.page_size);
+    const int step = kWarps * cta_.ctas * kWarpSize * kKeysPerMessage;
+    int page = ((warp_ * cta_.ctas + cta_.rank) * kWarpSize + lane_) * kKeysPerMessage;
+    wait_for_previous_kernel();
+    PairMasses::Four next = masses.load(min(page, num_pages_ - 1) & ~(kKeysPerMessage - 1), 0);
+#pragma unroll 1
+    for (int head = warp_; head < p_.group_size; head += kWarps) {
+      const float total = masses.total(head);
+      if (lane_ == 0) memory_.totals[head] = total;
+    }
+    __syncthreads();
+
+    KeyRange range = KeyRange::of_none();
+    int best = -1;  // the first of this lane's pages with the highest key
+#pragma unroll 1
+    for (; page < num_competing(); page += step) {
+      const PairMasses::Four four = next;
+      if (page + step < num_competing()) next = masses.load(page + step, 0);
+      const float4 all = masses.scores(page, memory_.totals, four);
+      const float scores[kKeysPerMessage] = {all.x, all.y, all.z, all.w};
+      uint32_t keys[kKeysPerMessage];
+#pragma unroll
+      for (int k = 0; k < kKeysPerMessage; ++k) {
+        keys[k] = page + k < num_first() ? kNoKey : key_of(scores[k]);
+        if (page + k < num_first() || page + k >= num_competing()) continue;
+        if (keys[k] > range.highest) best = page + k;
+        range.add(keys[k]);
+      }
+      if (has_far_keys()) {
+        store(far_keys() + page, Vec{{keys[0], keys[1], keys[2], keys[3]}});
+        continue;
+      }
+#pragma unroll 1
+      for (int cta = 0; cta < cta_.ctas; ++cta) {
+        cta_.tell(cta, keys_ + page, memory_.arrived.scores,
+                  make_uint4(keys[0], keys[1], keys[2], keys[3]));
+      }
+    }
+    finish_scores(range, best);
+  }
+
+  // Prefetch the warp's best page, and send it and the range of keys to all CTAs.
+  __device__ void finish_scores(const KeyRange& range, int best) {
     const KeyRange of_warp = range.of_warp();
     const unsigned has_best =
         __ballot_sync(kAllLanes, best >= 0 && range.highest == of_warp.highest);
@@ -646,6 +704,7 @@ class ClusterDecode {
   const SparseDecodeParams& p_;
   const FarKeys& far_keys_;
   const Divisors& divisors_;
+  const Masses& masses_;
   const Kept& kept_;
   const bool follows_write_kv_;
   Memory& memory_;

@@ -52,7 +52,10 @@ struct ClusterLayout {
     uint32_t best_chosen[kWarps];  // a bit for each warp of the cluster: its best page is chosen
     SelectionMemory<kThreads> selection;
     int32_t table[kTableEntries];
-    SoftmaxState warp_state[kWarps][kHeads];
+    union {
+      float totals[kHeads];                     // what all pages weigh, until they are chosen
+      SoftmaxState warp_state[kWarps][kHeads];  // when they are attended to
+    };
   };
 
   // A CTA's messages to all CTAs of its cluster.
