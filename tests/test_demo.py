@@ -25,27 +25,30 @@ def test_check_finds_everything_here():
     assert "QUEST can serve here" in answer.stdout
 
 
-def test_the_demo_compares_budgets():
+def test_the_demo_compares_budgets_and_scores():
     answer = run("demo", "--context", "4096", "--questions", "4", "--budgets", "512", "32")
     assert answer.returncode == 0, answer.stderr[-3000:]
-    row = r"^(full attention|budget \d+) +(\d) of 4 +([\d.]+) +([\d.]+)x +([\d.]+)%$"
+    row = r"^(full attention|budget \d+, \w+) +(\d) of 4 +([\d.]+) +([\d.]+)x +([\d.]+)%$"
     rows = re.findall(row, answer.stdout, re.M)
     right = {name: int(number) for name, number, *_ in rows}
-    assert right.keys() == {"full attention", "budget 512", "budget 32"}
+    assert list(right) == ["full attention"] + [
+        f"budget {budget}, {score}" for budget in (512, 32) for score in ("minmax", "codes")
+    ]
     assert right["full attention"] >= 3
-    assert right["budget 512"] >= 3
-    assert right["budget 32"] <= 2
+    for score in ("minmax", "codes"):
+        assert right[f"budget 512, {score}"] >= 3
+        assert right[f"budget 32, {score}"] <= 2
     assert all(float(ms_per_token) > 0 for _, _, ms_per_token, *_ in rows)
     assert "vllm serve MODEL --attention-backend QUEST" in answer.stdout
 
 
 def test_the_table_compares_the_fastest_answers():
-    full = Outcome(UNLIMITED, right=3, asked=3, ms_per_step=[14.2, 12.0, 13.0])
-    small = Outcome(1024, right=2, asked=3, ms_per_step=[7.5, 40.0, 8.0])
+    full = Outcome("minmax", UNLIMITED, right=3, asked=3, ms_per_step=[14.2, 12.0, 13.0])
+    small = Outcome("minmax", 1024, right=2, asked=3, ms_per_step=[7.5, 40.0, 8.0])
     header, *rows = table([full, small], 16384).splitlines()
     assert header.split("  ")[-1].strip() == "KV bytes read"
     assert rows[0].split() == ["full", "attention", "3", "of", "3", "12.0", "1.0x", "100.0%"]
-    assert rows[1].split() == ["budget", "1024", "2", "of", "3", "7.5", "1.6x", "12.5%"]
+    assert rows[1].split() == ["budget", "1024,", "minmax", "2", "of", "3", "7.5", "1.6x", "12.5%"]
     assert len({len(line) for line in (header, *rows)}) == 1
 
 
@@ -56,9 +59,11 @@ def test_help_teaches(command):
     assert "usage: vllm-quest" in answer.stdout
 
 
-def test_the_share_of_bytes_counts_bounds_and_pages():
-    assert kv_share(-1, 1000, 16) == kv_share(1000, 1000, 16) == 1.0
-    assert kv_share(2048, 16384, 16) == pytest.approx(1 / 16 + 1 / 8)
+@pytest.mark.parametrize(("score", "scoring"), [("minmax", 1 / 16), ("codes", 9 / 128)])
+def test_the_share_of_bytes_counts_what_scores_are_made_of_and_pages(score, scoring):
+    for covering in (UNLIMITED, 1000):
+        assert kv_share(Outcome(score, covering), 1000, 16) == 1.0
+    assert kv_share(Outcome(score, 2048), 16384, 16) == pytest.approx(scoring + 1 / 8)
 
 
 @pytest.mark.parametrize("filler", ["sentences", "words"])

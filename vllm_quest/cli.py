@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from vllm_quest import __version__
+from vllm_quest.config import SCORES
 from vllm_quest.explain import command as explain_command
 
 EPILOG = """\
@@ -35,9 +36,9 @@ def main() -> None:
         "demo",
         help="serve the bundled model, ask it for pass keys hidden in a long text, compare budgets",
         description=(
-            "Starts a vLLM server with --attention-backend QUEST on the bundled model, hides pass "
-            "keys in a long text and asks for them through the OpenAI API: once with full "
-            "attention, then under each budget."
+            "Hides pass keys in a long text and asks for them through the OpenAI API: once with "
+            "full attention, then under each budget. For each score of pages it starts a vLLM "
+            "server with --attention-backend QUEST on the bundled model."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -49,9 +50,17 @@ def main() -> None:
         "--budgets",
         type=int,
         nargs="+",
-        default=[2048, 1024, 128],
+        default=[2048, 512, 256],
         metavar="TOKENS",
         help="token budgets to compare with full attention",
+    )
+    demo.add_argument(
+        "--scores",
+        nargs="+",
+        choices=SCORES,
+        default=["minmax", "codes"],
+        metavar="SCORE",
+        help="what pages are scored by, to compare; the setting `score`",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the text and its pass keys")
 
@@ -81,6 +90,7 @@ def main() -> None:
             context_tokens=arguments.context,
             num_questions=arguments.questions,
             budgets=arguments.budgets,
+            scores=arguments.scores,
             seed=arguments.seed,
         )
     )

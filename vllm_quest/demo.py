@@ -1,4 +1,4 @@
-"""`vllm-quest demo`: a real server, the bundled model, pass keys in a long text, three budgets."""
+"""`vllm-quest demo`: real servers, the bundled model, pass keys in a long text, three budgets."""
 
 import contextlib
 import json
@@ -18,14 +18,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vllm_quest import layout
 from vllm_quest.budgets import FIELD
-from vllm_quest.config import UNLIMITED, QuestConfig
+from vllm_quest.config import UNLIMITED, QuestConfig, Score
 from vllm_quest.pass_keys import CODE_WORDS, Fact, Haystack, make_haystack
 
 MODEL = Path(__file__).parent / "demo_model"
 START_LIMIT_S = 240
 TOKENS_PER_FACT = 128
-TOKENS_PER_ANSWER = 128
+TOKENS_PER_ANSWER = 64
 DECODE_SECONDS = "vllm:request_decode_time_seconds_sum"
 SETTINGS = QuestConfig(dense_layers=0)
 """All layers of the bundled model are sparse, so that all of them show what QUEST does."""
@@ -40,8 +41,9 @@ With a model of your own:
 
 @dataclass
 class Outcome:
-    """What one budget brought."""
+    """What one budget brought with one score of pages."""
 
+    score: Score
     token_budget: int
     right: int = 0
     asked: int = 0
@@ -54,17 +56,29 @@ class Outcome:
         return min(self.ms_per_step)
 
 
-def run_demo(*, context_tokens: int, num_questions: int, budgets: list[int], seed: int) -> int:
-    """Serve, ask, print the table. Returns the exit status."""
+def run_demo(
+    *, context_tokens: int, num_questions: int, budgets: list[int], scores: list[Score], seed: int
+) -> int:
+    """Serve with each score in turn, ask, print the table. Returns the exit status."""
     num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
     haystack = make_haystack(context_tokens, num_facts, seed=seed)
     asked = haystack.facts[:: num_facts // num_questions][:num_questions]
-    outcomes = [Outcome(budget) for budget in (UNLIMITED, *budgets)]
+    full = Outcome(scores[0], UNLIMITED)
+    outcomes = [full] + [Outcome(score, budget) for budget in budgets for score in scores]
 
     print(f"{len(asked)} pass keys among {num_facts}, hidden in {haystack.num_tokens} tokens:")
     print(f"  ... {asked[0].sentence} ...")
+    for score in scores:
+        _ask_all(haystack, asked, [outcome for outcome in outcomes if outcome.score == score])
+    print(f"\n{table(outcomes, haystack.num_tokens)}")
+    print(CLOSING, end="")
+    return 0
+
+
+def _ask_all(haystack: Haystack, asked: list[Fact], outcomes: list[Outcome]) -> None:
+    """Ask a server of its own for all facts, under the budgets of outcomes with one score."""
     num_answers = 1 + len(outcomes) * (1 + len(asked))
-    with _server() as url, tqdm(total=num_answers, unit="answer") as progress:
+    with _server(outcomes[0].score) as url, tqdm(total=num_answers, unit="answer") as progress:
 
         def ask(fact: Fact, token_budget: int) -> tuple[str, float]:
             progress.update()
@@ -84,32 +98,33 @@ def run_demo(*, context_tokens: int, num_questions: int, budgets: list[int], see
                 outcome.asked += 1
                 outcome.right += answer == fact.code
                 outcome.ms_per_step.append(ms_per_step)
-    print(f"\n{table(outcomes, haystack.num_tokens)}")
-    print(CLOSING, end="")
-    return 0
 
 
-def kv_share(token_budget: int, context_tokens: int, page_size: int) -> float:
+def kv_share(outcome: Outcome, context_tokens: int, page_size: int) -> float:
     """The share of a context's key and value bytes that a sparse decode step reads.
 
-    Bounds are one row of key|value size per page; then come the selected pages.
+    First what all pages are scored by, in rows of key|value size; then the selected pages.
     """
+    token_budget = outcome.token_budget
     if token_budget == UNLIMITED or token_budget >= context_tokens:
         return 1.0
-    return 1 / page_size + token_budget / context_tokens
+    unit_tokens, unit_rows = layout.unit(page_size, outcome.score)
+    return unit_rows / unit_tokens + token_budget / context_tokens
 
 
-def _budget_name(token_budget: int) -> str:
-    return "full attention" if token_budget == UNLIMITED else f"budget {token_budget}"
+def _name(outcome: Outcome) -> str:
+    if outcome.token_budget == UNLIMITED:
+        return "full attention"
+    return f"budget {outcome.token_budget}, {outcome.score}"
 
 
 def table(outcomes: list[Outcome], context_tokens: int) -> str:
-    """One line per budget. `speed` is relative to the first, full attention."""
-    lines = [f"{'':<16}{'answers right':>15}{'ms per token':>15}{'speed':>10}{'KV bytes read':>16}"]
+    """One line per budget and score. `speed` is relative to the first, full attention."""
+    lines = [f"{'':<20}{'answers right':>15}{'ms per token':>15}{'speed':>10}{'KV bytes read':>16}"]
     for outcome in outcomes:
-        share = kv_share(outcome.token_budget, context_tokens, SETTINGS.page_size)
+        share = kv_share(outcome, context_tokens, SETTINGS.page_size)
         lines.append(
-            f"{_budget_name(outcome.token_budget):<16}"
+            f"{_name(outcome):<20}"
             f"{f'{outcome.right} of {outcome.asked}':>15}"
             f"{outcome.ms_per_token:>15.1f}"
             f"{f'{outcomes[0].ms_per_token / outcome.ms_per_token:.1f}x':>10}"
@@ -149,15 +164,16 @@ def _decode_seconds(url: str) -> float:
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[str]:
+def _server(score: Score) -> Iterator[str]:
     """Run `vllm serve` on the bundled model; yields its address."""
+    quest = {"dense_layers": SETTINGS.dense_layers, "score": score}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
         *("--attention-backend", "QUEST"),
-        *("--additional-config", json.dumps({"quest": {"dense_layers": SETTINGS.dense_layers}})),
+        *("--additional-config", json.dumps({"quest": quest})),
         *("--host", "127.0.0.1", "--port", str(port)),
         "--enforce-eager",
     ]
