@@ -8,12 +8,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from batch import UNIT_ROUNDOFF, decode_error, score_error
+from batch import (
+    UNIT_ROUNDOFF,
+    decode_error,
+    rounding_of_the_query,
+    score_codes_error,
+    score_error,
+)
 from vllm_quest import ops, reference
+from vllm_quest.config import GROUP_TOKENS, Score
 
 REAL = {
     name: getattr(ops, name)
-    for name in ("write_kv", "score", "select", "sparse_decode", "cluster_decode")
+    for name in ("write_kv", "score", "score_codes", "select", "sparse_decode", "cluster_decode")
 }
 
 
@@ -25,6 +32,9 @@ class Checked:
     decodes: int = 0
     """Of `sparse_decode` and `cluster_decode`, with rows over their budget."""
 
+    recoded: int = 0
+    """Groups that a write of `write_kv` coded, after an earlier one had coded them."""
+
 
 @contextlib.contextmanager
 def check_operators() -> Iterator[Checked]:
@@ -33,9 +43,10 @@ def check_operators() -> Iterator[Checked]:
     CUDA graphs would not see it.
     """
     checked = Checked()
+    coded: set[tuple[int, int]] = set()  # (layer's cache, group in it)
 
     def write_kv(key, value, kv_cache, slots, *, page_size, score):
-        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
         slots_on_host = slots.cpu()[: len(key)]
         written = slots_on_host[slots_on_host >= 0]
         blocks, place = torch.unique(written // block_tokens, return_inverse=True)
@@ -49,24 +60,50 @@ def check_operators() -> Iterator[Checked]:
             page_size=page_size,
             score=score,
         )
-        assert torch.equal(kv_cache[blocks.to(kv_cache.device)].cpu(), expected)
+        found = kv_cache[blocks.to(kv_cache.device)].cpu()
+        if score == "codes":  # not numbers, but bits
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+            for slot in written[written % GROUP_TOKENS == GROUP_TOKENS - 1].tolist():
+                group = (kv_cache.data_ptr(), slot // GROUP_TOKENS)
+                checked.recoded += group in coded
+                coded.add(group)
+        else:
+            assert torch.equal(found, expected)
         checked.writes += 1
 
     def score(query, kv_cache, rows, scores, *, page_size):
         REAL["score"](query, kv_cache, rows, scores, page_size=page_size)
         small = Small.of(query, kv_cache, rows, page_size)
-        expected = scores.cpu()
+        expected = copied(scores)
         reference.score(small.query, small.kv_cache, small.rows, expected, page_size=page_size)
         for row in small.over_budget():
             pages = reference.num_pages(int(small.rows.seq_lens[row]), page_size)
             difference = (scores[row, :, :pages].cpu() - expected[row, :, :pages]).abs().max()
             assert difference <= score_error(small)
 
+    def score_codes(query, kv_cache, rows, masses, scores, *, page_size, scale, soft_cap=0.0):
+        logits = {"page_size": page_size, "scale": scale, "soft_cap": soft_cap}
+        REAL["score_codes"](query, kv_cache, rows, masses, scores, **logits)
+        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, "codes")
+        expected = copied(scores)
+        reference.score_codes(
+            small.query, small.kv_cache, small.rows, copied(masses), expected, **logits
+        )
+        limit = score_codes_error(small)
+        if query.is_cuda:
+            limit += rounding_of_the_query(small)
+        for row in small.over_budget():
+            pages = reference.num_pages(int(small.rows.seq_lens[row]), page_size)
+            found, wanted = scores[row, :, :pages].cpu(), expected[row, :, :pages]
+            has_codes = wanted.abs() < 2.0**100
+            assert torch.equal(found[~has_codes], wanted[~has_codes])
+            assert ((found - wanted).abs()[has_codes] <= limit).all()
+
     def select(scores, rows, pages, *, page_size, **kept):
-        before = pages.cpu()
+        expected = copied(pages)
         REAL["select"](scores, rows, pages, page_size=page_size, **kept)
-        reference.select(scores.cpu(), on_host(rows), before, page_size=page_size, **kept)
-        assert torch.equal(pages.cpu(), before)
+        reference.select(scores.cpu(), on_host(rows), expected, page_size=page_size, **kept)
+        assert torch.equal(pages.cpu(), expected)
 
     def sparse_decode(query, kv_cache, rows, pages, out, **options):
         REAL["sparse_decode"](query, kv_cache, rows, pages, out, **options)
@@ -84,8 +121,9 @@ def check_operators() -> Iterator[Checked]:
         select(scores, rows, pages, page_size=page_size, **kept)
         check_output(query, kv_cache, rows, pages, out, page_size=page_size, **options)
 
-    def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, soft_cap=0.0, **_):
-        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap)
+    def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, **options):
+        soft_cap, score = options.get("soft_cap", 0.0), options.get("score", "minmax")
+        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, score)
         exact = small.attention(pages.cpu())
         limit = decode_error(small, exact)
         if query.is_cuda:
@@ -98,9 +136,14 @@ def check_operators() -> Iterator[Checked]:
         assert ((out.cpu().double() - exact).abs() <= limit).all()
         checked.decodes += bool(small.over_budget())
 
-    checks = (write_kv, score, select, sparse_decode, cluster_decode)
+    checks = (write_kv, score, score_codes, select, sparse_decode, cluster_decode)
     with mock.patch.multiple(ops, **{check.__name__: check for check in checks}):
         yield checked
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """On the host, and nobody else's."""
+    return tensor.to("cpu", copy=True)
 
 
 def on_host(rows: ops.Rows) -> ops.Rows:
@@ -117,6 +160,7 @@ class Small:
     page_size: int
     scale: float
     soft_cap: float
+    score: Score
 
     @classmethod
     def of(
@@ -127,9 +171,10 @@ class Small:
         page_size: int,
         scale: float = 1.0,
         soft_cap: float = 0.0,
+        score: Score = "minmax",
     ) -> "Small":
         rows = on_host(rows)
-        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
         table = torch.zeros_like(rows.block_table)
         blocks: list[Tensor] = []
         for row, seq_len in enumerate(rows.seq_lens.tolist()):
@@ -139,7 +184,7 @@ class Small:
             blocks.append(rows.block_table[row, :num_blocks].long())
         cache = kv_cache[torch.cat(blocks).to(kv_cache.device)].cpu()
         rows = ops.Rows(table, rows.seq_lens, rows.budget_pages)
-        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap)
+        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap, score)
 
     def attention(self, pages: Tensor) -> Tensor:
         """What the reference makes of the selected pages, fp64."""
@@ -153,8 +198,13 @@ class Small:
             page_size=self.page_size,
             scale=self.scale,
             soft_cap=self.soft_cap,
+            score=self.score,
         )
         return out
+
+    @property
+    def block_tokens(self) -> int:
+        return reference.tokens_per_block(self.kv_cache, self.page_size, self.score)
 
     def over_budget(self) -> list[int]:
         pages = -(-self.rows.seq_lens // self.page_size)

@@ -12,27 +12,38 @@ from eagle import make_next_id_likely, write_eagle_head
 from engines import DENSE, ON_GPU, write_model, write_weights
 
 COVERING = {"token_budget": -1}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
 
 SPECULATE = """
-import importlib, json, sys
+import contextlib, importlib, json, sys
+from checked_ops import Checked, check_operators
 from engines import *
-model, quest, speculations = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model, quest, speculations, is_checked = sys.argv[1], *map(json.loads, sys.argv[2:])
 if not ON_GPU:
     # vLLM 0.32 trips over an attribute of this module when it speculates on a CPU
     # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan.
     importlib.import_module("numba")
     del sys.modules["llvmlite.binding.ffi"]
 prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
-prompts += random_prompts([300, 700, 33])
+prompts += random_prompts([360, 750, 33, 110])  # all but one pass the end of a group of codes
 plain = generate(model, prompts, greedy(40), quest=quest)
+if quest["token_budget"] == -1:
+    assert agree(plain, generate(model, prompts, greedy(40), backend=DENSE))
 results = []
 for speculation in speculations:
-    with engine(model, quest=quest, speculative_config=speculation) as llm:
+    check = check_operators() if is_checked else contextlib.nullcontext(Checked())
+    with check as checked, engine(model, quest=quest, speculative_config=speculation) as llm:
         assert agree(plain, answers(llm, prompts, greedy(40)))
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         results.append({
             "drafted": counter(llm, "vllm:spec_decode_num_draft_tokens"),
             "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens"),
+            "checked": vars(checked),
             "backends": [layer.attn_backend.get_name() for layer in layers.values()],
         })
 # vLLM may print more when it stops.
@@ -40,13 +51,14 @@ print("RESULT", json.dumps(results))
 """
 
 
-def speculate(model, quest, *speculations):
+def speculate(model, quest, *speculations, is_checked=False):
     """What vLLM says of its drafts, after answers were found equal with and without them.
 
-    In a process of its own, for what it does to `sys.modules`.
+    In a process of its own, for what it does to `sys.modules`. Operators are compared with the
+    reference if `is_checked`.
     """
-    arguments = [sys.executable, "-c", SPECULATE, model, json.dumps(quest)]
-    arguments += [json.dumps(speculations)]
+    told = (quest, speculations, is_checked)
+    arguments = [sys.executable, "-c", SPECULATE, model, *map(json.dumps, told)]
     process = subprocess.run(arguments, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     (results,) = re.findall(r"^RESULT (.*)$", process.stdout, re.M)
@@ -70,9 +82,18 @@ def head(tmp_path_factory):
 
 @pytest.mark.parametrize("quest", [COVERING, {"token_budget": 64, "dense_layers": 0}])
 def test_drafts_copied_from_the_prompt(model, quest):
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    (result,) = speculate(model, quest, ngram)
+    (result,) = speculate(model, quest, NGRAM)
     assert result["drafted"] > 0
+
+
+@pytest.mark.parametrize("quest", [COVERING, {"token_budget": 256, "dense_layers": 1}])
+def test_codes_of_drafts(guessable, quest):
+    """A draft that completes a group of 128 tokens gives it codes, and the token that replaces the
+    draft gives it others."""
+    (result,) = speculate(guessable, quest | {"score": "codes"}, NGRAM, is_checked=True)
+    assert result["drafted"] - result["accepted"] > 100
+    assert result["checked"]["recoded"] > 0
+    assert (result["checked"]["decodes"] > 0) == (quest is not COVERING)
 
 
 @pytest.mark.parametrize("quest", [COVERING, {"token_budget": 128, "dense_layers": 1}])

@@ -136,6 +136,33 @@ def test_an_eagle_head_changes_no_token(tmp_path, runner, draft_backend):
     assert accepted > 20 and drafted - accepted > 20  # both happen, again and again
 
 
+@pytest.mark.parametrize("quest", [{"token_budget": 4096}, SPARSE], ids=["covering", "sparse"])
+def test_drafts_with_codes(tmp_path, runner, quest):
+    """Drafts complete groups and are rejected: the tokens in their place code the groups anew."""
+    model = make_next_id_likely(write_weights(write_model(tmp_path)))
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS["full"]}
+    ngram = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 2,
+    }
+    prompts = random_prompts(LENGTHS)
+    # The model goes on counting, as this prompt does.
+    prompts += [{"prompt_token_ids": [3 + i % 400 for i in range(1000)]}]
+    options = {"kv_cache_memory_bytes": 4 << 30, **graphs}
+    with engine(model, quest=quest | CODES, **options) as llm:
+        plain = answers(llm, prompts, greedy(150))
+    if quest["token_budget"] == 4096:
+        with engine(model, DENSE, **options) as llm:
+            assert agree(plain, answers(llm, prompts, greedy(150)))
+    with engine(model, quest=quest | CODES, speculative_config=ngram, **options) as llm:
+        assert agree(plain, answers(llm, prompts, greedy(150)))
+        drafted = counter(llm, "vllm:spec_decode_num_draft_tokens")
+        accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
+    assert accepted > 20 and drafted - accepted > 100
+
+
 @pytest.mark.parametrize("score", ["minmax", "codes"])
 def test_the_bundled_model_retrieves_under_graphs(demo_model, runner, score):
     haystack = make_haystack(16384, 128, seed=11)
