@@ -3,15 +3,19 @@
     python benchmarks/gpu_serving.py
     python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
     python benchmarks/gpu_serving.py --backends FLASH_ATTN FLASHINFER QUEST
+    python benchmarks/gpu_serving.py --cases 8b:8x32768 --scores minmax codes --budgets 512 2048
 
 Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
 bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
 requests are prefilled; then the median time of a decode step over all of them is taken. A case's
 tokens are those that a request has at the end: 2048 fit the default budget, 2304 are beyond it.
+
+Each score of QUEST has an engine, whose budget is the largest; requests name their own.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -26,6 +30,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from tqdm import tqdm
 
 from report import print_machine, print_table, ratio, write_json
+from vllm_quest.budgets import FIELD
+from vllm_quest.config import SCORES
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,10 +71,10 @@ def parse_case(case: str) -> tuple[str, int, int]:
     return model, int(requests), int(context)
 
 
-def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, int]]):
+def start(folder: str, backend: str, quest: dict[str, Any], cases: list[tuple[int, int]]):
+    """An engine of a backend; `quest` holds the settings of QUEST's."""
     from vllm import LLM
 
-    quest = {"additional_config": {"quest": {"token_budget": token_budget}}}
     return LLM(
         folder,
         attention_backend=backend,
@@ -80,12 +86,17 @@ def start(folder: str, backend: str, token_budget: int, cases: list[tuple[int, i
         max_num_batched_tokens=8192,
         gpu_memory_utilization=0.9,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        **(quest if backend == "QUEST" else {}),
+        **({"additional_config": {"quest": quest}} if backend == "QUEST" else {}),
     )
 
 
-def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -> float | None:
-    """Median time of the steps in which every request decodes; None if they do not fit the GPU."""
+def decode_step_ms(
+    llm: Any, num_requests: int, context: int, num_tokens: int, budget: int | None
+) -> float | None:
+    """Median time of the steps in which every request decodes; None if they do not fit the GPU.
+
+    `budget` is that of every request in tokens; None: of the engine, if it has one.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -94,11 +105,12 @@ def decode_step_ms(llm: Any, num_requests: int, context: int, num_tokens: int) -
     if blocks > cache.num_gpu_blocks:
         print(f"{num_requests} x {context}: {blocks} blocks do not fit {cache.num_gpu_blocks}")
         return None
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    own_budget = {} if budget is None else {"extra_args": {FIELD: budget}}
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **own_budget)
     for request in range(num_requests):
         prompt = [1 + (request + 7 * i) % 31000 for i in range(context - num_tokens)]
         engine.add_request(
-            f"{num_requests}x{context}-{request}", {"prompt_token_ids": prompt}, params
+            f"{num_requests}x{context}-{request}-{budget}", {"prompt_token_ids": prompt}, params
         )
     produced: dict[str, int] = {}
     step_ms = []
@@ -126,7 +138,12 @@ def main() -> None:
         metavar="NAME",
         help="vLLM's names; the column speed is of the last over the first (default: %(default)s)",
     )
-    parser.add_argument("--budget", type=int, default=2048, help="token budget (2048)")
+    parser.add_argument(
+        "--budgets", nargs="+", type=int, default=[2048], metavar="TOKENS", help="QUEST's (2048)"
+    )
+    parser.add_argument(
+        "--scores", nargs="+", choices=SCORES, default=["minmax"], help="QUEST's (minmax)"
+    )
     parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
@@ -138,34 +155,53 @@ def main() -> None:
             )
 
     print_machine()
-    step_ms: dict[tuple[str, int, int, str], float | None] = {}
+    # By model, requests, context, backend, and QUEST's score and budget, which others do not have.
+    step_ms: dict[tuple[Any, ...], float | None] = {}
     models = list(dict.fromkeys(model for model, *_ in arguments.cases))
+    engines: list[tuple[str, str | None]] = []
+    for backend in arguments.backends:
+        engines += [(backend, s) for s in (arguments.scores if backend == "QUEST" else [None])]
+    budgets_of = {score: arguments.budgets if score else [None] for _, score in engines}
+    runs_per_case = sum(len(budgets_of[score]) for _, score in engines)
     with (
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=len(arguments.cases) * len(arguments.backends), unit="run") as progress,
+        tqdm(total=len(arguments.cases) * runs_per_case, unit="run") as progress,
     ):
         for model in models:
             (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
             shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
-            for backend in arguments.backends:
-                llm = start(folder, backend, arguments.budget, shapes)
-                for requests, context in shapes:
-                    progress.set_description(f"{backend} {model} {requests} x {context}")
-                    case = (model, requests, context, backend)
-                    step_ms[case] = decode_step_ms(llm, requests, context, arguments.tokens)
+            for backend, score in engines:
+                quest = {"token_budget": max(arguments.budgets), "score": score}
+                llm = start(folder, backend, quest, shapes)
+                for (requests, context), budget in itertools.product(shapes, budgets_of[score]):
+                    progress.set_description(
+                        " ".join(map(str, filter(None, (backend, score, budget))))
+                        + f", {model} {requests} x {context}"
+                    )
+                    case = (model, requests, context, backend, score, budget)
+                    step_ms[case] = decode_step_ms(llm, requests, context, arguments.tokens, budget)
                     progress.update()
                 llm.llm_engine.engine_core.shutdown()
                 del llm
                 gc.collect()
     rows = []
-    for model, requests, context in arguments.cases:
-        times_ms = {name: step_ms[model, requests, context, name] for name in arguments.backends}
+    for shape, score, budget in itertools.product(
+        arguments.cases, arguments.scores, arguments.budgets
+    ):
+        model, requests, context = shape
+        settings = {"QUEST": (score, budget)}
+        times_ms = {
+            name: step_ms[*shape, name, *settings.get(name, (None, None))]
+            for name in arguments.backends
+        }
         first, last = times_ms[arguments.backends[0]], times_ms[arguments.backends[-1]]
         rows.append(
             {
                 "model": model,
                 "requests": requests,
                 "context": context,
+                "score": score,
+                "budget": budget,
                 **{f"{name} ms": time for name, time in times_ms.items()},
                 **{f"{name} tok/s": ratio(1e3 * requests, time) for name, time in times_ms.items()},
                 "speed": ratio(first, last),

@@ -62,6 +62,13 @@ CHOICES = {
 """Methods of `benchmarks.choosing` that tables show, and their names, in the order of the rows."""
 
 
+CHOICES_OF_SCORES = {"minmax": "min/max, p16 +0", "codes": "keys 2 bits, mass, p16 +0"}
+"""Of those, what chooses as the plugin's scores do by default, with the first page kept."""
+
+SPEED_CASE = {"kernels": "8 x 32K, 32/8", "models": ("8b", 8, 32768)}
+"""What a table of accuracy gives the speed of: of `kernels.py` and of `gpu_serving.py`."""
+
+
 def render(text: str) -> str:
     """A document with each of its marked tables as the JSON has it."""
 
@@ -282,6 +289,81 @@ def choices(*results: Result, measure: str) -> Iterable[Cells]:
     return [lines[method] for method in CHOICES if method in lines]
 
 
+def smallest_budgets(*results: Result, share: str) -> Iterable[Cells]:
+    """For each report of accuracy and score, the smallest budget that keeps a share, in percent.
+
+    Results of `kernels.py` and `gpu_serving.py` among the others give its speed; of two with the
+    same case, the later.
+    """
+    kernels, models = _speeds(results)
+    for result in results:
+        for (measure, score), kept in _kept(result).items():
+            reaching = [budget for budget in kept if 100 * kept[budget] >= float(share)]
+            budget = min(reaching, default=max(kept))
+            settings = result["settings"]
+            model = Path(settings["model"]).name.replace("demo_model", "the bundled model")
+            context = settings.get("context") or result["rows"][0]["context_tokens"]
+            cells = {
+                "model, context (tokens)": f"{model}, {in_k(context)}",
+                "kept": measure,
+                "score": f"`{score}`",
+                f"smallest budget that keeps {share} %": str(budget) if reaching else "none",
+                "kept there (%)": f"{100 * kept[budget]:.1f}"
+                + ("" if reaching else f" at {budget}"),
+            }
+            if kernels:
+                time = kernels.get((score, budget))
+                cells[f"attention, {SPEED_CASE['kernels']} (µs)"] = _us(time) if time else "-"
+            if models:
+                model, requests, context = SPEED_CASE["models"]
+                head = f"decode step, {MODELS[model]}, {requests} x {in_k(context)} (ms)"
+                time = models.get((score, budget))
+                cells[head] = _ms(time) if time else "-"
+            yield cells
+
+
+def _speeds(
+    results: Iterable[Result],
+) -> tuple[dict[tuple[str, int], float], dict[tuple[str, int], float]]:
+    """µs of attention and ms of a model's decode step in SPEED_CASE, by score and budget."""
+    kernels, models = {}, {}
+    for result in results:
+        for row in result["rows"]:
+            key = (row.get("score") or "minmax", row.get("budget", 2048))
+            if row.get("rows x context, heads") == SPEED_CASE["kernels"]:
+                kernels[key] = row["total µs"]
+            if (row.get("model"), row.get("requests"), row.get("context")) == SPEED_CASE["models"]:
+                models[key] = row["QUEST ms"]
+    return kernels, models
+
+
+def _kept(result: Result) -> dict[tuple[str, str], dict[int, float]]:
+    """By what a report counts and score: the share of it that each budget keeps.
+
+    Counted is agreement and, of facts inside vLLM, right answers relative to full attention's.
+    """
+    kept: dict[tuple[str, str], dict[int, float]] = {}
+
+    def add(measure: str, score: str, row: dict[str, Any], share: float) -> None:
+        kept.setdefault((measure, score), {})[row["token_budget"]] = share
+
+    if "windows" in result:
+        names = {choice: score for score, choice in CHOICES_OF_SCORES.items()}
+        for row in result["rows"]:
+            if row["method"] in names:
+                add("agreement", names[row["method"]], row, row["agreement"]["mean"])
+    elif "settings" in result:
+        full = {r["task"]: r["estimate"]["mean"] for r in result["rows"] if r["method"] == "full"}
+        for row in result["rows"]:
+            if row["method"].startswith("quest ("):
+                score = _score_of(row).strip("`")
+                if row.get("agreement"):
+                    add("agreement", score, row, row["agreement"]["mean"])
+                elif row["task"] == "key_value":
+                    add("right answers", score, row, row["estimate"]["mean"] / full["key_value"])
+    return kept
+
+
 def countings(result: Result, *, context: str, dense: str, budget: str) -> Iterable[Cells]:
     """The same answers counted as wholes, by their numbers, and by tokens of right ones."""
     ways = {
@@ -301,14 +383,21 @@ def countings(result: Result, *, context: str, dense: str, budget: str) -> Itera
         }
 
 
-def scores(result: Result, *, task: str, context: str) -> Iterable[Cells]:
-    """QUEST's page scores without dense layers, a column for each budget."""
+def scores(
+    result: Result, *, task: str, context: str, dense: str = "0", measure: str = "estimate"
+) -> Iterable[Cells]:
+    """QUEST's page scores and what else has a budget, a column for each budget.
+
+    `measure` is `estimate` (right answers, perplexity) or `agreement` with full attention's tokens.
+    """
+    unit = "agreement (%) by token budget" if measure == "agreement" else _unit(task)
+    of_task = "key_value" if measure == "agreement" else task
     lines: dict[str, Cells] = {}
-    for row in _of(result, task, int(context), 0):
+    for row in _of(result, task, int(context), int(dense)):
         if row["token_budget"] != FULL:
-            score = _score_of(row)
-            line = lines.setdefault(score, {_unit(task): score})
-            line[str(row["token_budget"])] = _mean(row["estimate"], task)
+            score = _score_of(row).replace("`oracle-mass`", "oracle by mass")
+            line = lines.setdefault(score, {unit: score})
+            line[str(row["token_budget"])] = _mean(row[measure], of_task)
     return lines.values()
 
 
@@ -384,7 +473,7 @@ RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
         *(whole_models, layers, budgets, captures, coded, prefills, cpu_models),
-        *(accuracy, by_context, choices, countings, scores, page_scores),
+        *(accuracy, by_context, choices, smallest_budgets, countings, scores, page_scores),
     )
 }
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def run_demo(
     return 0
 
 
-def _ask_all(haystack: Haystack, asked: list[Fact], outcomes: list[Outcome]) -> None:
+def _ask_all(haystack: Haystack, asked: Sequence[Fact], outcomes: Sequence[Outcome]) -> None:
     """Ask a server of its own for all facts, under the budgets of outcomes with one score."""
     num_answers = 1 + len(outcomes) * (1 + len(asked))
     with _server(outcomes[0].score) as url, tqdm(total=num_answers, unit="answer") as progress:
