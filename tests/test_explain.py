@@ -1,6 +1,7 @@
 """`vllm-quest explain` records what the operators did, weighs it right, and draws it."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from batch import Shape, make_batch
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import cli, ops, reference
-from vllm_quest.config import QuestConfig
+from vllm_quest.config import SCORES, QuestConfig
 from vllm_quest.explain import request as request_module
 from vllm_quest.explain.drawing import MISSED, NOT_READ, colours, draw
-from vllm_quest.explain.recording import LayerRecord, Recorder, page_mass
+from vllm_quest.explain.recording import LayerRecord, Recorder, page_truth, score_errors
 from vllm_quest.explain.request import CannotExplain, Explanation, Request, find
 from vllm_quest.pass_keys import make_haystack
 
@@ -48,15 +50,50 @@ def test_the_mass_is_the_softmax_over_all_tokens(seq_len, soft_cap):
     query = torch.randn(num_heads, head_size)
 
     scaling = {"scale": 0.3, "soft_cap": soft_cap}
-    mass = page_mass(query, cache, table, seq_len, page_size=PAGE, **scaling)
+    truth = page_truth(query, cache, table, seq_len, page_size=PAGE, **scaling)
 
+    mass = truth.log_mass.exp()
     weights = true_weights(query, keys, **scaling)
     expected = torch.stack([part.sum(dim=-1) for part in weights.split(PAGE, dim=-1)], dim=-1)
     torch.testing.assert_close(mass.double(), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mass.sum(dim=-1), torch.ones(num_heads))
 
 
-def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("score", SCORES)
+def test_a_score_is_compared_with_what_it_stands_for(score):
+    shape = Shape(head_size=64, pages_per_block=8, dtype=torch.float32, score=score)
+    batch = make_batch(shape, [700], 4)
+    settings = {"page_size": PAGE, "scale": batch.scale, "score": score}
+    table = batch.rows.block_table[0]
+    truth = page_truth(batch.query[0], batch.kv_cache, table, 700, soft_cap=0.0, **settings)
+    errors = score_errors(batch.score()[0], truth, 700, **settings)
+
+    logits = [part @ key.T for part, key in zip(*queries_and_keys(batch), strict=True)]
+    logits = torch.stack(logits) * batch.scale  # [num_kv_heads, group_size, seq_len]
+    if score == "codes":
+        pages = logits.softmax(-1)[..., :640].unflatten(-1, (40, PAGE)).sum(-1).log()
+        estimate = batch.scores[0, :, :40] * math.log(2)
+        assert abs(errors.mean()) < 0.1 and errors.std() < 0.2
+    else:
+        padded = torch.nn.functional.pad(logits, (0, 4), value=-math.inf)
+        pages = padded.unflatten(-1, (44, PAGE)).amax(-1)
+        estimate = batch.scores[0, :, :44] * batch.scale
+        assert score != "minmax" or errors.min() > 0
+    expected = estimate.double() - pages.amax(1)
+    torch.testing.assert_close(errors.double(), expected, rtol=0, atol=1e-4)
+
+
+def queries_and_keys(batch):
+    """Of one row, by KV head in fp64: `[group_size, head_size]` and `[seq_len, head_size]`."""
+    seq_len, shape = int(batch.rows.seq_lens[0]), batch.shape
+    blocks = batch.rows.block_table[0, : -(-seq_len // shape.block_tokens)].long()
+    tokens = batch.kv_cache[blocks, :, : shape.block_tokens, : shape.head_size].transpose(0, 1)
+    keys = tokens.flatten(1, 2)[:, :seq_len].double()
+    return batch.query[0].double().chunk(shape.num_kv_heads), keys
+
+
+@pytest.mark.parametrize("score", ["minmax", "codes"])
+def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch, score):
     """From the recorded pages alone follow sparse decode's output and the share that they held."""
     model = write_weights(write_model(tmp_path))
     num_prompt, num_tokens, budget = 300, 6, 64
@@ -66,14 +103,15 @@ def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch):
     def watch(query, kv_cache, rows, pages, out, **settings):
         sparse_decode(query, kv_cache, rows, pages, out, **settings)
         if rows.budget_pages[0] < ops.UNLIMITED_PAGES:
-            block_tokens = reference.tokens_per_block(kv_cache, settings["page_size"])
+            page_size = settings["page_size"]
+            block_tokens = reference.tokens_per_block(kv_cache, page_size, settings["score"])
             blocks = kv_cache[rows.block_table[0].long(), :, :block_tokens]
             tokens = blocks.transpose(1, 2).flatten(0, 1)[: rows.seq_lens[0]]
             tensors = (query[0], tokens, out[0])
             seen.append((*(tensor.clone().cpu() for tensor in tensors), settings["scale"]))
 
     monkeypatch.setattr(ops, "sparse_decode", watch)
-    with engine(model, quest={"token_budget": budget, "dense_layers": 1}) as llm:
+    with engine(model, quest={"token_budget": budget, "dense_layers": 1, "score": score}) as llm:
         numbers = {f"model.layers.{number}.self_attn.attn": number for number in range(3)}
         recorder = Recorder(num_prompt, numbers)
         with recorder.recording():
@@ -83,7 +121,7 @@ def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch):
             ({"layers": [1, 3]}, "--layers names 3; the model's layers are 0 to 2"),
             ({"heads": [2]}, "--heads names 2; the model's KV heads are 0 to 1"),
         ):
-            quest = QuestConfig(token_budget=budget, dense_layers=1)
+            quest = QuestConfig(token_budget=budget, dense_layers=1, score=score)
             request = Request(model, "", quest, num_tokens, **changes)
             with pytest.raises(CannotExplain, match=message):
                 request_module._choose(request, llm)
@@ -121,14 +159,15 @@ def haystack():
     return make_haystack(2048, 16, seed=3)
 
 
-def test_the_command_draws_and_tells(haystack, tmp_path):
+@pytest.mark.parametrize("score", ["minmax", "codes"])
+def test_the_command_draws_and_tells(haystack, tmp_path, score):
     from matplotlib.image import imread
 
     fact = haystack.facts[4]
     prompt, picture, numbers = (tmp_path / name for name in ("prompt.txt", "a.png", "a.json"))
     prompt.write_text(haystack.prompt(fact))
     files = ("--prompt-file", prompt, "--output", picture, "--json", numbers)
-    options = ("--token-budget", "512", "--dense-layers", "1")
+    options = ("--token-budget", "512", "--dense-layers", "1", "--score", score)
     answer = subprocess.run([*COMMAND, *files, *options], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr[-3000:]
 
@@ -139,6 +178,7 @@ def test_the_command_draws_and_tells(haystack, tmp_path):
     assert told["answer"] == fact.code
     assert " ".join(told["fed_tokens"]) == fact.code
     assert told["token_budget"] == 512
+    assert told["score"] == score
     assert told["kv_heads"] == [0, 1]
     # Tokens are words and full stops here, after one that opens the prompt.
     words = haystack.prompt(fact).replace(".", " .").replace(",", " ,").replace("?", " ?").split()
@@ -153,6 +193,9 @@ def test_the_command_draws_and_tells(haystack, tmp_path):
         assert layer["held_mean"] == pytest.approx(held.mean())
         assert layer["held_mean"] <= layer["best_mean"] + 1e-6 <= 1 + 1e-5
         assert f"{layer['held_mean']:.1%}" in answer.stdout
+        error, deviation = np.array(layer["score_error"]).mean(axis=(0, 1))
+        assert f"{error:+.2f} ± {deviation:.2f}" in answer.stdout
+        assert score != "minmax" or error > 1  # a bound is above what it bounds
         for step, heads in enumerate(layer["pages"]):
             for pages in heads:
                 assert len(pages) == 512 // PAGE
@@ -225,6 +268,7 @@ def record_of(read, mass):
         mass=np.array([[mass]], dtype=np.float16),
         held=np.ones((1, 1, 1), np.float32),
         best=np.ones((1, 1, 1), np.float32),
+        error=np.zeros((1, 1, 2), np.float32),
     )
 
 
@@ -253,6 +297,7 @@ def test_a_large_model_is_readable(tmp_path):
         mass=(rng.random(shape) ** 50 / 100).astype(np.float16),
         held=np.full((num_steps, num_heads, 4), 0.9, np.float32),
         best=np.full((num_steps, num_heads, 4), 0.95, np.float32),
+        error=np.zeros((num_steps, num_heads, 2), np.float32),
     )
     explanation = Explanation(
         request=Request("org/model-8B", "", QuestConfig(), max_tokens=num_steps + 1),

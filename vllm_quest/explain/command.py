@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_quest.config import QuestConfig
+import numpy as np
+
+from vllm_quest.config import SCORES, QuestConfig
 from vllm_quest.pass_keys import make_haystack
 
 if TYPE_CHECKING:
@@ -59,6 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="LAYERS",
         help=f"layers at the front that attend in full (default: {defaults.dense_layers}; "
         "for the bundled model, where none is named, no layer)",
+    )
+    parser.add_argument(
+        "--score",
+        choices=SCORES,
+        default=defaults.score,
+        help="what pages are scored by (default: %(default)s)",
     )
     parser.add_argument(
         "--answer",
@@ -118,7 +126,9 @@ def _request(options: argparse.Namespace) -> "Request":
     if dense_layers is None:
         dense_layers = (demo.SETTINGS if is_bundled else QuestConfig()).dense_layers
     try:
-        quest = QuestConfig(token_budget=options.token_budget, dense_layers=dense_layers)
+        quest = QuestConfig(
+            token_budget=options.token_budget, dense_layers=dense_layers, score=options.score
+        )
     except ValueError as error:
         raise CannotExplain(str(error)) from error
     return Request(
@@ -157,15 +167,23 @@ def _print(explanation: "Explanation") -> None:
         f"{explanation.prompt_tokens} tokens of prompt, {len(explanation.fed_tokens)} decode steps "
         f"under a budget of {request.quest.token_budget}; the answer: {explanation.answer!r}\n"
     )
+    score = request.quest.score
+    meant = "the logarithm of the page's share" if score == "codes" else "the page's largest q·k"
     print("Share of the true attention that the pages read held, over KV heads and steps;")
-    print("best possible: as many pages, chosen by the true attention.\n")
-    print(f"{'layer':>5}{'mean':>10}{'lowest':>10}{'best possible':>16}")
+    print("best possible: as many pages, chosen by the true attention;")
+    print(f"error of score: by how much a page's score exceeds {meant},")
+    print(f"mean ± standard deviation over the pages, in logits (score {score}).\n")
+    print(f"{'layer':>5}{'mean':>10}{'lowest':>10}{'best possible':>16}{'error of score':>18}")
     for number, layer in explanation.layers.items():
         if isinstance(layer, str):
             print(f"{number:>5}   {layer}")
         else:
             held, best = layer.held, layer.best
-            print(f"{number:>5}{held.mean():>10.1%}{held.min():>10.1%}{best.mean():>16.1%}")
+            error, deviation = layer.error.mean(axis=(0, 1))
+            print(
+                f"{number:>5}{held.mean():>10.1%}{held.min():>10.1%}{best.mean():>16.1%}"
+                f"{f'{error:+.2f} ± {deviation:.2f}':>18}"
+            )
     print()
 
 
@@ -184,7 +202,8 @@ def _write(explanation: "Explanation", options: argparse.Namespace) -> None:
 
 
 def _numbers_of(explanation: "Explanation") -> dict[str, Any]:
-    """What `--json` writes. Shares are lists `[step][KV head][query head of the group]`."""
+    """What `--json` writes. Shares are lists `[step][KV head][query head of the group]`, errors of
+    scores `[step][KV head]`: mean and standard deviation, or null where no page has an estimate."""
     request = explanation.request
     layers: list[dict[str, Any]] = []
     for number, layer in explanation.layers.items():
@@ -200,6 +219,7 @@ def _numbers_of(explanation: "Explanation") -> dict[str, Any]:
                 "best_mean": float(layer.best.mean()),
                 "held": layer.held.tolist(),
                 "best": layer.best.tolist(),
+                "score_error": _finite(layer.error),
                 "pages": [[head.nonzero()[0].tolist() for head in step] for step in layer.read],
             }
         )
@@ -208,6 +228,7 @@ def _numbers_of(explanation: "Explanation") -> dict[str, Any]:
         "token_budget": request.quest.token_budget,
         "dense_layers": request.quest.dense_layers,
         "page_size": request.quest.page_size,
+        "score": request.quest.score,
         "prompt_tokens": explanation.prompt_tokens,
         "kv_heads": explanation.heads,
         "answer": explanation.answer,
@@ -215,6 +236,13 @@ def _numbers_of(explanation: "Explanation") -> dict[str, Any]:
         "answer_places": explanation.places,
         "layers": layers,
     }
+
+
+def _finite(errors: np.ndarray) -> list[list[list[float] | None]]:
+    """`[num_steps, num_kv_heads, 2]` as lists; JSON has no NaN."""
+    return [
+        [None if np.isnan(error).any() else error.tolist() for error in step] for step in errors
+    ]
 
 
 def _positive(text: str) -> int:

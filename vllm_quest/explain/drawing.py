@@ -275,7 +275,7 @@ def _title(figure: Figure, explanation: Explanation, height_in: float) -> None:
         f"model {Path(explanation.request.model).name}",
         f"context {context:,} tokens",
         f"budget {quest.token_budget:,} tokens",
-        f"pages of {quest.page_size}",
+        f"pages of {quest.page_size} scored by {quest.score}",
         dense,
         f"rows: {len(explanation.fed_tokens)} decode steps"
         + (", by the token taken in" if len(explanation.fed_tokens) <= MAX_TOKEN_LABELS else ""),
