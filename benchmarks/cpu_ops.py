@@ -1,24 +1,31 @@
 """Times the CPU operators for one decode step of one layer, beside vLLM's CPU_ATTN.
 
 Layers are visited in turn, so that, as in a model, a layer's pages have left the CPU's caches when
-it comes around again. Prints the median over calls.
+it comes around again. Prints the median over calls, in µs per layer: quest = score + select +
+sparse_decode; dense = sparse_decode without a budget. With `codes`, a write at a context that is a
+multiple of 128 tokens codes a group.
 
     python benchmarks/cpu_ops.py --threads 1 --contexts 1024 32768
+    python benchmarks/cpu_ops.py --scores minmax codes --contexts 8192
 """
 
 import argparse
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_quest import ops
+from report import print_as_measured, print_machine, write_json
+from vllm_quest import layout, ops
+from vllm_quest.config import SCORES, Score
 
 LAYERS = 40  # a stage reads some 2 MiB of a layer: together more than a last-level cache holds
 MAX_BYTES = 4 << 30
@@ -35,6 +42,7 @@ class Shape:
     page_size: int
     block_tokens: int
     dtype: torch.dtype
+    score: Score
 
     @property
     def blocks(self) -> int:
@@ -45,21 +53,29 @@ class Shape:
         """Of one token's key and value, or of one page's bounds, for all KV heads."""
         return 2 * self.kv_heads * self.head_size * self.dtype.itemsize
 
+    @property
+    def dense_bytes(self) -> int:
+        return self.rows * self.context_tokens * self.row_bytes
+
+    @property
+    def quest_bytes(self) -> float:
+        unit_tokens, unit_rows = layout.unit(self.page_size, self.score)
+        scored = self.dense_bytes * unit_rows / unit_tokens
+        return scored + self.rows * min(self.context_tokens, self.budget_tokens) * self.row_bytes
+
 
 class Step:
     """The arguments of one decode step, with enough layers to keep every cache cold."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        layer_bytes = shape.rows * shape.context_tokens * shape.row_bytes
-        layers = max(2, min(LAYERS, MAX_BYTES // layer_bytes))
-        block_rows = shape.block_tokens + shape.block_tokens // shape.page_size
+        layers = max(2, min(LAYERS, MAX_BYTES // shape.dense_bytes))
+        block_rows = layout.block_rows(shape.block_tokens, shape.page_size, shape.score)
         first = torch.randn(
             shape.blocks, shape.kv_heads, block_rows, 2 * shape.head_size, dtype=shape.dtype
         )
-        bounds = first[:, :, shape.block_tokens :]
-        bounds.abs_()
-        bounds[..., : shape.head_size].neg_()
+        keys = first[:, :, : shape.block_tokens, : shape.head_size].transpose(1, 2).flatten(0, 1)
+        self._write(keys, first, torch.arange(len(keys)))
         self.caches = [first] + [first.clone() for _ in range(layers - 1)]
         block_table = torch.randperm(shape.blocks).to(torch.int32).view(shape.rows, -1).contiguous()
         seq_lens = torch.full((shape.rows,), shape.context_tokens, dtype=torch.int32)
@@ -70,6 +86,7 @@ class Step:
         self.query = torch.randn(shape.rows, shape.heads, shape.head_size, dtype=shape.dtype)
         self.out = torch.empty_like(self.query)
         max_pages = block_table.shape[1] * shape.block_tokens // shape.page_size
+        self.masses = torch.zeros(shape.rows, shape.heads, max_pages)
         self.scores = torch.zeros(shape.rows, shape.kv_heads, max_pages)
         self.pages = torch.zeros(shape.rows, shape.kv_heads, budget_pages, dtype=torch.int32)
         self.key = torch.randn(shape.rows, shape.kv_heads, shape.head_size, dtype=shape.dtype)
@@ -80,10 +97,26 @@ class Step:
         )
 
     def write_kv(self, cache: Tensor) -> None:
-        ops.write_kv(self.key, self.key, cache, self.slots, page_size=self.shape.page_size)
+        self._write(self.key, cache, self.slots)
+
+    def _write(self, key: Tensor, cache: Tensor, slots: Tensor) -> None:
+        shape = self.shape
+        ops.write_kv(key, key, cache, slots, page_size=shape.page_size, score=shape.score)
 
     def score(self, cache: Tensor) -> None:
-        ops.score(self.query, cache, self.rows, self.scores, page_size=self.shape.page_size)
+        page_size = self.shape.page_size
+        if self.shape.score == "codes":
+            ops.score_codes(
+                self.query,
+                cache,
+                self.rows,
+                self.masses,
+                self.scores,
+                page_size=page_size,
+                scale=self.shape.head_size**-0.5,
+            )
+        else:
+            ops.score(self.query, cache, self.rows, self.scores, page_size=page_size)
 
     def select(self, cache: Tensor) -> None:
         ops.select(self.scores, self.rows, self.pages, page_size=self.shape.page_size)
@@ -103,6 +136,7 @@ class Step:
             self.out,
             page_size=self.shape.page_size,
             scale=self.shape.head_size**-0.5,
+            score=self.shape.score,
         )
 
     def cpu_attn(self) -> Callable[[Tensor], None]:
@@ -162,33 +196,37 @@ def median_us(run: Callable[[Tensor], None], caches: list[Tensor], rounds: int) 
     return statistics.median(times_us[len(caches) :])
 
 
-def print_row(step: Step, rounds: int) -> None:
-    shape = step.shape
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    step = Step(shape)
     stages = [step.write_kv, step.score, step.select, step.sparse_decode]
-    stages_us = [median_us(stage, step.caches, rounds) for stage in stages]
-    quest_us = sum(stages_us[1:])
+    write_us, *stages_us = (median_us(stage, step.caches, rounds) for stage in stages)
+    quest_us = sum(stages_us)
     dense_us = median_us(step.dense_decode, step.caches, rounds)
     cpu_attn_us = median_us(step.cpu_attn(), step.caches, rounds)
-    dense_bytes = shape.rows * shape.context_tokens * shape.row_bytes
-    quest_bytes = dense_bytes / shape.page_size
-    quest_bytes += shape.rows * min(shape.context_tokens, shape.budget_tokens) * shape.row_bytes
-    cells = [
-        f"{shape.rows} x {shape.context_tokens}",
-        *(f"{us:.1f}" for us in (*stages_us, quest_us)),
-        f"{quest_bytes / quest_us / 1e3:.1f}",
-        f"{dense_us:.0f}",
-        f"{cpu_attn_us:.0f}",
-        f"{dense_bytes / cpu_attn_us / 1e3:.1f}",
-        f"{cpu_attn_us / quest_us:.1f}",
-    ]
-    print("| " + " | ".join(cells) + " |", flush=True)
+    return {
+        "rows": shape.rows,
+        "context": shape.context_tokens,
+        "score": shape.score,
+        "budget": shape.budget_tokens,
+        "write_kv µs": write_us,
+        **{f"{stage.__name__} µs": us for stage, us in zip(stages[1:], stages_us, strict=True)},
+        "quest µs": quest_us,
+        "quest GB/s": shape.quest_bytes / quest_us / 1e3,
+        "dense µs": dense_us,
+        "CPU_ATTN µs": cpu_attn_us,
+        "CPU_ATTN GB/s": shape.dense_bytes / cpu_attn_us / 1e3,
+        "CPU_ATTN / quest": cpu_attn_us / quest_us,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 61440])
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--budget", type=int, default=2048, help="tokens")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=["minmax"])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[2048], metavar="TOKENS")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-size", type=int, default=128)
@@ -197,36 +235,37 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
+    print_machine()
     print(
-        f"{platform.processor() or platform.machine()}, {args.threads} threads, "
-        f"torch {torch.__version__}, {torch.ops.vllm_quest.cpu_isas().split()[0]}; "
-        f"{args.dtype}, heads {args.heads}/{args.kv_heads} of {args.head_size}, "
-        f"page {args.page_size}, block {args.block_tokens}, budget {args.budget} tokens"
+        f"{torch.ops.vllm_quest.cpu_isas().split()[0]}; {args.dtype}, heads "
+        f"{args.heads}/{args.kv_heads} of {args.head_size}, page {args.page_size}, "
+        f"block {args.block_tokens}"
     )
-    print("µs per layer; quest = score + select + sparse_decode; dense = budget unlimited\n")
-    header = (
-        "rows x context",
-        *("write_kv", "score", "select", "sparse_decode", "quest", "quest GB/s"),
-        *("dense", "CPU_ATTN", "CPU_ATTN GB/s", "CPU_ATTN / quest"),
-    )
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for context_tokens in args.contexts:
-        shape = Shape(
-            rows=args.rows,
-            context_tokens=context_tokens,
-            budget_tokens=args.budget,
-            heads=args.heads,
-            kv_heads=args.kv_heads,
-            head_size=args.head_size,
-            page_size=args.page_size,
-            block_tokens=args.block_tokens,
-            dtype=getattr(torch, args.dtype),
+    rows = print_as_measured(
+        measure(
+            Shape(
+                rows=args.rows,
+                context_tokens=context_tokens,
+                budget_tokens=budget_tokens,
+                heads=args.heads,
+                kv_heads=args.kv_heads,
+                head_size=args.head_size,
+                page_size=args.page_size,
+                block_tokens=args.block_tokens,
+                dtype=getattr(torch, args.dtype),
+                score=score,
+            ),
+            args.rounds,
         )
-        print_row(Step(shape), args.rounds)
+        for context_tokens, budget_tokens, score in itertools.product(
+            args.contexts, args.budgets, args.scores
+        )
+    )
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

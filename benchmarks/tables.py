@@ -212,6 +212,23 @@ def cpu_models(result: Result) -> Iterable[Cells]:
         }
 
 
+def cpu_stages(result: Result) -> Iterable[Cells]:
+    """Of `cpu_ops.py --scores`: the stages of one layer's decode step."""
+    for row in result["rows"]:
+        yield {
+            "rows x context": f"{row['rows']} x {in_k(row['context'])}",
+            "score": f"`{row['score']}`",
+            "budget (tokens)": str(row["budget"]),
+            "write (µs)": _us(row["write_kv µs"]),
+            "scoring (µs)": _us(row["score µs"]),
+            "selection (µs)": _us(row["select µs"]),
+            "attention to the budget (µs)": _us(row["sparse_decode µs"]),
+            "QUEST (µs)": _us(row["quest µs"]),
+            "CPU_ATTN (µs)": _us(row["CPU_ATTN µs"]),
+            "speed-up over CPU_ATTN": f"{row['CPU_ATTN / quest']:.1f}x",
+        }
+
+
 def in_k(tokens: int) -> str:
     return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
 
@@ -472,7 +489,7 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, layers, budgets, captures, coded, prefills, cpu_models),
+        *(whole_models, layers, budgets, captures, coded, prefills, cpu_models, cpu_stages),
         *(accuracy, by_context, choices, smallest_budgets, countings, scores, page_scores),
     )
 }
