@@ -83,6 +83,33 @@ def quest(demo_model, dense):
         yield running
 
 
+def test_codes_are_measured_with_the_plugins_operators(demo_model, dense, prompts, monkeypatch):
+    """Before `quest` starts: two engines would share the memory."""
+    calls = []
+    score_codes = ops.score_codes
+
+    def count(*arguments, **settings):
+        calls.append(len(arguments[2]))
+        score_codes(*arguments, **settings)
+
+    monkeypatch.setattr(ops, "score_codes", count)
+    monkeypatch.setattr(ops, "score", None)
+    options = {"gpu_memory_utilization": 0.3}
+    size = 2 * CONTEXT_TOKENS
+    with VllmEngine(
+        demo_model, dense_layers=0, score="codes", max_model_len=size, options=options
+    ) as coded:
+        covered = coded.run(prompts, "quest", [size] * len(prompts))
+        assert not calls
+        sparse = coded.run(prompts, "quest", [256] * len(prompts))
+        assert calls
+    for ours, theirs in zip(covered, dense, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.question_logprobs == pytest.approx(theirs.question_logprobs, abs=TOLERANCE)
+    right = [ours.tokens == theirs.tokens for ours, theirs in zip(sparse, dense, strict=True)]
+    assert sum(right) >= len(prompts) - 2
+
+
 @pytest.mark.parametrize(("method", "budget"), [("full", FULL), ("quest", 2 * CONTEXT_TOKENS)])
 def test_forced_decoding_under_a_covering_budget_is_full_attention(
     quest, dense, prompts, method, budget
