@@ -100,7 +100,8 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
-                   const std::optional<Tensor>& counters, std::string score) {
+                   const std::optional<Tensor>& counters, std::string score,
+                   const std::optional<Tensor>& sinks) {
   const char* op = "sparse_decode";
   Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budget_pages,
                              page_size, check_score_kind(op, score), out);
@@ -121,7 +122,8 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                            .group_size = sizes.group_size(),
                            .scale = static_cast<float>(scale),
                            .soft_cap = static_cast<float>(soft_cap),
-                           .counters = counted});
+                           .counters = counted,
+                           .sinks = check_sinks(op, Device::kCpu, query, sinks, sizes)});
 }
 
 int64_t contract(std::string name) {
@@ -171,7 +173,7 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, Tensor pages, int page_size, float scale, float soft_cap, "
       "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None, "
-      "str score=\"minmax\") -> ()");
+      "str score=\"minmax\", Tensor? sinks=None) -> ()");
   library.def("contract(str name) -> int");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");

@@ -355,6 +355,18 @@ inline void check_selected(const char* op, Device device, const Tensor& kv_cache
   sizes.max_selected = pages.size(2);
 }
 
+// One more logit for each query head; null where heads have none.
+inline const void* check_sinks(const char* op, Device device, const Tensor& query,
+                               const std::optional<Tensor>& sinks, const Sizes& sizes) {
+  if (!sinks.has_value()) return nullptr;
+  const Checks check(op, device);
+  check.device({{"query", query}, {"sinks", *sinks}});
+  check.dtype({"sinks", *sinks}, query.scalar_type());
+  check.shape({"sinks", *sinks}, {sizes.num_heads});
+  check.inner_contiguous({"sinks", *sinks});
+  return sinks->data_ptr();
+}
+
 // Where to count; null where nothing is to be counted.
 inline int64_t* check_counters(const char* op, Device device, const Tensor& kv_cache,
                                const std::optional<Tensor>& counters) {

@@ -116,6 +116,7 @@ struct SparseDecodeParams {
   float scale;
   float soft_cap;     // 0 for none
   int64_t* counters;  // [kNumCounters] added to, see counters.h; null for none
+  const void* sinks;  // [num_heads] dtype of the cache, logits without values; null for none
 };
 
 struct ClusterDecodeParams {

@@ -1,6 +1,7 @@
 """Batches of decode rows for tests of the operators, hostile to kernels that read too much."""
 
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -20,6 +21,10 @@ UNTOUCHED = -777
 
 PAGES_AT_ONCE = 1 << 14
 """Pages of one head whose bounds are computed together, in fp64."""
+
+SINKS = [0.0, 3.0, -torch.inf, 60.0, -40.0, 6.0, -2.5]
+"""Sinks of seven query heads in turn, so that groups differ: with ordinary weight, next to none,
+none, and nearly all weight."""
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 FP32_ROUNDOFF = UNIT_ROUNDOFF[torch.float32]
@@ -70,6 +75,7 @@ class Batch:
     scale: float
     soft_cap: float
     workspace: Tensor | None
+    sinks: Tensor | None = None  # [num_heads]
     kept: dict[str, int] = field(default_factory=dict)
     """What `select` and `cluster_decode` keep before they choose, as their arguments."""
 
@@ -172,6 +178,7 @@ class Batch:
             "scale": self.scale,
             "soft_cap": self.soft_cap,
             "score": self.shape.score,
+            "sinks": self.sinks,
         }
 
 
@@ -184,6 +191,7 @@ def make_batch(
     max_tokens: int | None = None,
     soft_cap: float = 0.0,
     shift: float = 0.0,
+    sinks: list[float] | None = None,
     seed: int = 0,
 ) -> Batch:
     """Rows with random keys and values in scattered blocks, bounds or codes made, all else NaN.
@@ -199,6 +207,7 @@ def make_batch(
         max_tokens: capacity of the block table; by default what the rows need and some more.
         soft_cap: of the logits; 0 for none.
         shift: mean of the keys.
+        sinks: of the query heads, over and over; None for none.
         seed: of all random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -224,6 +233,10 @@ def make_batch(
 
     qkv_heads = shape.num_heads + (2 * shape.num_kv_heads if shape.is_strided else 0)
     qkv = torch.randn(num_rows, qkv_heads, shape.head_size, generator=generator)
+    of_heads = None
+    if sinks is not None:
+        of_heads = torch.tensor(list(islice(cycle(sinks), shape.num_heads)))
+        of_heads = of_heads.to(device, shape.dtype)
     rows = ops.Rows(
         block_table=block_table.to(device),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -236,6 +249,7 @@ def make_batch(
         rows=rows,
         scale=shape.head_size**-0.5,
         soft_cap=soft_cap,
+        sinks=of_heads,
         workspace=ops.decode_workspace(shape.group_size, shape.head_size, device),
         **untouched_outputs(shape, rows),
     )
@@ -325,6 +339,7 @@ class Attended(Protocol):
     rows: ops.Rows
     scale: float
     soft_cap: float
+    sinks: Tensor | None
 
     @property
     def block_tokens(self) -> int: ...
@@ -392,13 +407,16 @@ def decode_error(batch: Attended, exact: Tensor) -> Tensor:
     """How far attention computed in fp32 and rounded to the output's dtype may be from `exact`.
 
     A logit is off by at most δ: head_size roundings of its sum, a few of its own size (scale, log2,
-    soft cap). A weight is then off by 2δ relative to the total weight (its own and the maximum's),
-    plus 2 roundings per token summed, plus 8 for exponential, rescaling and merging.
+    soft cap); a sink by those of its own size. A weight is then off by 2δ relative to the total
+    weight (its own and the maximum's), plus 2 roundings per token summed, plus 8 for exponential,
+    rescaling and merging.
     """
     head_size, dtype = batch.query.shape[-1], batch.query.dtype
     largest_value = largest(batch.kv_cache[:, :, : batch.block_tokens])
     product = float(batch.query.double().abs().sum(-1).amax()) * largest_value * batch.scale
     logit_error = (head_size + 8) * FP32_ROUNDOFF * (product + batch.soft_cap)
+    if batch.sinks is not None:
+        logit_error += 8 * FP32_ROUNDOFF * largest(batch.sinks.nan_to_num(neginf=0.0))
     tokens = int(batch.rows.seq_lens.max())
     weight_error = 2 * logit_error + (2 * tokens + 8) * FP32_ROUNDOFF
     smallest_step = 2.0**-24 if dtype == torch.float16 else 0.0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batch import (
+    SINKS,
     UNTOUCHED,
     Batch,
     Shape,
@@ -86,6 +87,26 @@ def test_equals_the_reference_at_odd_shapes(dtype: torch.dtype, shape: Shape) ->
 def test_equals_the_reference_with_strides_and_soft_cap(is_strided: bool, soft_cap: float) -> None:
     shape = replace(SHAPE, is_strided=is_strided, dtype=torch.float16)
     assert_equals_reference(make_batch(shape, [600, 33], [7, 2], soft_cap=soft_cap))
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.5])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_reference_with_sinks(
+    dtype: torch.dtype, group_size: int, soft_cap: float
+) -> None:
+    """Over and within budgets, in one split and in several, beside padding."""
+    shape = replace(SHAPE, group_size=group_size, num_kv_heads=3, dtype=dtype)
+    lengths = [0, 1, 15, 16, 17, 600, 600, 3000, 0]
+    budgets = [1, 1, 1, 1, 1, 7, 60, ops.UNLIMITED_PAGES, 1]
+    assert_equals_reference(make_batch(shape, lengths, budgets, soft_cap=soft_cap, sinks=SINKS))
+
+
+def test_sinks_without_weight_change_no_bit() -> None:
+    batch = make_batch(SHAPE, [0, 1, 17, 600, 3000], [1, 1, 1, 7, ops.UNLIMITED_PAGES]).run()
+    for sink in (-torch.inf, -100.0):
+        weightless = replace(batch.fresh(), sinks=torch.full((8,), sink, dtype=SHAPE.dtype))
+        assert torch.equal(weightless.run().out, batch.out)
 
 
 @property_test
@@ -209,7 +230,8 @@ def test_what_lies_outside_a_row_does_not_matter() -> None:
 
 
 def test_is_bitwise_repeatable_and_independent_of_threads(two_threads: None) -> None:
-    first = make_batch(SHAPE, [3000, 700, 40], [40, ops.UNLIMITED_PAGES, 1]).run()
+    budgets = [40, ops.UNLIMITED_PAGES, 1]
+    first = make_batch(SHAPE, [3000, 700, 40], budgets, sinks=SINKS).run()
     again = first.fresh().run()
     torch.set_num_threads(1)
     alone = first.fresh().run()
@@ -409,6 +431,9 @@ DECODE_ERRORS = [
     (change(pages=torch.zeros(2, 2, 2).long()), "dtype: pages must be Int, got Long"),
     (change(out=torch.zeros(2, 4, 32)), "dtype: out must be BFloat16, got Float"),
     (change(out=torch.zeros(2, 2, 32).bfloat16()), r"shape: out must be \[2, 4, 32\]"),
+    (change(sinks=torch.zeros(4)), "dtype: sinks must be BFloat16, got Float"),
+    (change(sinks=torch.zeros(2).bfloat16()), r"shape: sinks must be \[4\]"),
+    (change(sinks=torch.zeros(8).bfloat16()[::2]), "layout: sinks must be contiguous"),
 ]
 
 

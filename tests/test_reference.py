@@ -1,11 +1,13 @@
 """The reference has the properties that the method promises."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch import Batch, Shape, make_batch, rows_to_select
+from batch import SINKS, Batch, Shape, make_batch, rows_to_select
 from vllm_quest import reference
 from vllm_quest.config import Score
 
@@ -28,6 +30,7 @@ def batches(draw: st.DrawFn, budget_pages: st.SearchStrategy[int]) -> Batch:
         seq_lens,
         [draw(budget_pages) for _ in seq_lens],
         soft_cap=draw(st.sampled_from([0.0, 2.0])),
+        sinks=draw(st.sampled_from([None, SINKS])),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -79,6 +82,25 @@ def test_a_covering_budget_is_full_attention(batch: Batch) -> None:
     exact = batch.full_attention()
     # Both compute in fp64 and differ by far less than half a unit of any output dtype.
     assert torch.allclose(batch.run(reference).out.double(), exact, rtol=2.0**-7, atol=2.0**-24)
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches(st.integers(1, COVERING)))
+def test_a_sink_weighs_as_its_logit_says(batch: Batch) -> None:
+    """Beside n tokens with logits of 0 it leaves them n / (n + e^sink) of the attention."""
+    batch.query.zero_()
+    batch.sinks = torch.arange(batch.shape.num_heads) - 1.0
+    out = batch.run(reference).out.double()
+    batch = batch.fresh()
+    batch.sinks = None
+    mean = batch.run(reference).out.double()
+    for row, seq_len in enumerate(batch.rows.seq_lens.tolist()):
+        page_size, budget = batch.shape.page_size, int(batch.rows.budget_pages[row])
+        tokens = seq_len - max(0, batch.num_pages(row) - budget) * page_size
+        for head in range(batch.shape.num_heads):
+            exact = mean[row, head] * tokens / (tokens + math.exp(head - 1.0))
+            # Both outputs are rounded.
+            assert torch.allclose(out[row, head], exact, rtol=2.0**-7, atol=2.0**-24)
 
 
 @settings(max_examples=40, deadline=None)

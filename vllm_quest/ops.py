@@ -1,8 +1,8 @@
 """Typed wrappers of the compiled operators `torch.ops.vllm_quest.*`, one per stage.
 
 The same operators exist for CPU and CUDA, but for `weigh_pages` and `cluster_decode`, which GPUs
-have alone. `vllm_quest/reference.py` says in plain PyTorch
-what each computes; `csrc/README.md` says how.
+have alone. `vllm_quest/reference.py` says in plain PyTorch what each computes; `csrc/README.md` says
+how.
 
 Dimension names, used in Python and C++ alike:
 
@@ -266,6 +266,7 @@ def sparse_decode(
     page_size: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
     score: Score = "minmax",
@@ -281,6 +282,8 @@ def sparse_decode(
         page_size: tokens per page.
         scale: factor of q·k.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
+        sinks: `[num_heads]`, dtype of the cache, finite or -inf: one more logit for each query
+            head, of a token whose value is 0. It is neither scaled nor capped. None: no sinks.
         workspace: from `decode_workspace`; the CPU needs none.
         counters: added to: `[5]` int64, contiguous, in the order of `counters.Counts`; None to
             count nothing.
@@ -300,6 +303,7 @@ def sparse_decode(
         workspace,
         counters,
         score,
+        sinks,
     )
 
 
@@ -312,6 +316,7 @@ def cluster_decode(
     page_size: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
     far_keys: Tensor | None = None,
@@ -359,6 +364,7 @@ def cluster_decode(
         keep_first_pages,
         keep_newest_percent,
         score,
+        sinks,
         masses,
     )
 

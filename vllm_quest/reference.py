@@ -295,6 +295,7 @@ def sparse_decode(
     page_size: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
     score: Score = "minmax",
@@ -325,13 +326,23 @@ def sparse_decode(
                 ]
             )
             heads = slice(head * group_size, (head + 1) * group_size)
-            out[row, heads] = attend(query[row, heads], keys_values, scale, soft_cap).to(out.dtype)
+            group_sinks = None if sinks is None else sinks[heads]
+            attention = attend(query[row, heads], keys_values, scale, soft_cap, group_sinks)
+            out[row, heads] = attention.to(out.dtype)
 
 
-def attend(query: Tensor, keys_values: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """Softmax of `[group_size, head_size]` over `[num_tokens, 2 * head_size]`, in fp64."""
+def attend(
+    query: Tensor, keys_values: Tensor, scale: float, soft_cap: float, sinks: Tensor | None
+) -> Tensor:
+    """Softmax of `[group_size, head_size]` over `[num_tokens, 2 * head_size]`, in fp64.
+
+    A sink, of `[group_size]`, is one more logit, of a token whose value is 0.
+    """
     key, value = keys_values.to(DTYPE).chunk(2, dim=-1)
     logits = capped(query.to(DTYPE) @ key.T * scale, soft_cap)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None].to(DTYPE)], dim=-1)
+        value = torch.cat([value, torch.zeros_like(value[:1])])
     return torch.softmax(logits, dim=-1) @ value
 
 
@@ -347,6 +358,7 @@ def full_attention(
     page_size: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
     score: Score = "minmax",
 ) -> Tensor:
     """Attention over every token of every row, `[num_rows, num_heads, head_size]` fp64.
@@ -366,5 +378,7 @@ def full_attention(
         tokens = kv_cache[blocks, :, :block_tokens].transpose(1, 2).flatten(0, 1)[:seq_len]
         for head in range(num_heads):
             keys_values = tokens[:, head // group_size]
-            out[row, head] = attend(query[row, head : head + 1], keys_values, scale, soft_cap)[0]
+            one = slice(head, head + 1)
+            own_sink = None if sinks is None else sinks[one]
+            out[row, one] = attend(query[row, one], keys_values, scale, soft_cap, own_sink)
     return out

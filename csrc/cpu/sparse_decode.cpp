@@ -244,15 +244,21 @@ void attend_split(const SparseDecodeParams& p, int row, int kv_head, int begin, 
   }
 }
 
-// Add up one head's splits in order, divide by the sum of weights and round once.
+// Add up one query head's splits in order, divide by the sum of weights, its sink's included, and
+// round once.
 template <class T>
-void merge_head(const SparseDecodeParams& p, float* partials, int count, int head, T* out) {
-  const int head_size = p.cache.head_size;
+void merge_head(const SparseDecodeParams& p, float* partials, int count, int query_head, T* out) {
+  const int head_size = p.cache.head_size, head = query_head % p.group_size;
   const int64_t size = partial_floats(p.group_size, head_size);
   SoftmaxState merged = {.max_log2 = kLowest, .sum = 0};
   for (int split = 0; split < count; ++split) {
     const Partial partial = partial_at(partials + split * size, p.group_size, head_size);
     merged.max_log2 = max_of(merged.max_log2, partial.state[head].max_log2);
+  }
+  float sink_log2 = kLowest;
+  if (p.sinks != nullptr) {
+    sink_log2 = load_one(static_cast<const T*>(p.sinks) + query_head) * kLog2e;
+    merged.max_log2 = max_of(merged.max_log2, sink_log2);
   }
   float* factors = static_cast<float*>(scratch(Scratch::kThread, sizeof(float) * kMaxSplits));
   for (int split = 0; split < count; ++split) {
@@ -260,6 +266,9 @@ void merge_head(const SparseDecodeParams& p, float* partials, int count, int hea
     const SoftmaxState& state = partial.state[head];
     factors[split] = exp2_nonpositive(broadcast(state.max_log2 - merged.max_log2))[0];
     merged.sum += state.sum * factors[split];
+  }
+  if (p.sinks != nullptr) {
+    merged.sum += exp2_nonpositive(broadcast(sink_log2 - merged.max_log2))[0];
   }
   for (int d = 0; d < head_size; d += kLanes) {
     Floats values = {};
@@ -308,20 +317,20 @@ void sparse_decode(const SparseDecodeParams& p) {
                         partial_at(partials + i * size, p.group_size, p.cache.head_size));
       }
     });
-    parallel_for(static_cast<int64_t>(p.rows.num_rows) * num_kv_heads,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int row = static_cast<int>(i / num_kv_heads);
-                     const int kv_head = static_cast<int>(i % num_kv_heads);
-                     const int splits = num_splits(attended_tokens(p, row));
-                     float* first = partials + (tasks.first_of(row) + kv_head * splits) * size;
-                     for (int head = 0; head < p.group_size; ++head) {
-                       merge_head(p, first, splits, head,
-                                  static_cast<T*>(p.out) + row * p.out_row_stride +
-                                      (kv_head * p.group_size + head) * p.out_head_stride);
-                     }
-                   }
-                 });
+    parallel_for(static_cast<int64_t>(p.rows.num_rows) * num_kv_heads, [&](int64_t begin,
+                                                                           int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int row = static_cast<int>(i / num_kv_heads);
+        const int kv_head = static_cast<int>(i % num_kv_heads);
+        const int splits = num_splits(attended_tokens(p, row));
+        float* first = partials + (tasks.first_of(row) + kv_head * splits) * size;
+        for (int in_group = 0; in_group < p.group_size; ++in_group) {
+          const int head = kv_head * p.group_size + in_group;
+          merge_head(p, first, splits, head,
+                     static_cast<T*>(p.out) + row * p.out_row_stride + head * p.out_head_stride);
+        }
+      }
+    });
   });
 }
 

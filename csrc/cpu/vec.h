@@ -120,6 +120,13 @@ inline Floats load(const Float16* from) {
 #endif
 }
 
+// Load one element as a float.
+template <class T>
+inline float load_one(const T* from) {
+  const T lanes[kLanes] = {*from};
+  return load(lanes)[0];
+}
+
 // Store one float, rounded to nearest even.
 inline void store(float* to, float x) { *to = x; }
 

@@ -57,14 +57,27 @@ Bounds mid_dev(const T* keys, int num_keys, int stride) {
   return {mid - spread, mid + spread};
 }
 
+template <class T>
+auto bounds_taker(ScoreKind score) {
+  switch (score) {
+    case ScoreKind::kMinMax:
+      return extremes<T>;
+    case ScoreKind::kMeanStd:
+      return mean_std<T>;
+    case ScoreKind::kMidDev:
+      return mid_dev<T>;
+    case ScoreKind::kCodes:
+      break;  // no bounds
+  }
+  __builtin_unreachable();
+}
+
 // Write the bounds of a page's first `num_keys` keys, elementwise.
 template <class T>
 void write_bounds(const T* keys,  // [num_keys, 2 * head_size], the first half of each row
                   T* bounds,      // [2 * head_size]
                   int num_keys, int head_size, ScoreKind score) {
-  const auto take = score == ScoreKind::kMinMax    ? extremes<T>
-                    : score == ScoreKind::kMeanStd ? mean_std<T>
-                                                   : mid_dev<T>;
+  const auto take = bounds_taker<T>(score);
   for (int d = 0; d < head_size; d += kLanes) {
     const auto [low, high] = take(keys + d, num_keys, 2 * head_size);
     for (int lane = 0; lane < kLanes; ++lane) {

@@ -158,7 +158,6 @@ class WarpAttention {
   // Online softmax, base 2: from logits to weights, laid out as the second product's operand.
   __device__ void weigh(float (&logits)[kGroupTiles][4], int remaining,
                         uint32_t (&weights)[kGroupTiles][2]) {
-    constexpr float kLog2E = 1.44269504088896340736f;
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float (&x)[4] = logits[tile];

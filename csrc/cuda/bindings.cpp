@@ -216,8 +216,8 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
                                  const Tensor& budget_pages, int64_t page_size, double scale,
                                  double soft_cap, const Tensor& out,
                                  const std::optional<Tensor>& workspace,
-                                 const std::optional<Tensor>& counters, ScoreKind kind,
-                                 Sizes& sizes) {
+                                 const std::optional<Tensor>& counters,
+                                 const std::optional<Tensor>& sinks, ScoreKind kind, Sizes& sizes) {
   sizes = check_decode(op, Device::kCuda, query, kv_cache, block_table, seq_lens, budget_pages,
                        page_size, kind, out);
   int64_t* const counted = check_counters(op, Device::kCuda, kv_cache, counters);
@@ -234,19 +234,20 @@ SparseDecodeParams decode_params(const char* op, const Tensor& query, const Tens
           .group_size = sizes.group_size(),
           .scale = static_cast<float>(scale),
           .soft_cap = static_cast<float>(soft_cap),
-          .counters = counted};
+          .counters = counted,
+          .sinks = check_sinks(op, Device::kCuda, query, sinks, sizes)};
 }
 
 void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
                       const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                       int64_t page_size, double scale, double soft_cap, const Tensor& out,
                       const std::optional<Tensor>& workspace, const std::optional<Tensor>& counters,
-                      std::string score) {
+                      std::string score, const std::optional<Tensor>& sinks) {
   const char* op = "sparse_decode";
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
-                    soft_cap, out, workspace, counters, check_score_kind(op, score), sizes);
+                    soft_cap, out, workspace, counters, sinks, check_score_kind(op, score), sizes);
   check_selected(op, Device::kCuda, kv_cache, pages, sizes);
   params.pages_row_stride = pages.stride(0);
   params.pages_head_stride = pages.stride(1);
@@ -266,14 +267,15 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        const std::optional<Tensor>& workspace,
                        const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
                        bool follows_write_kv, int64_t keep_first_pages, int64_t keep_newest_percent,
-                       std::string score, const std::optional<Tensor>& masses) {
+                       std::string score, const std::optional<Tensor>& sinks,
+                       const std::optional<Tensor>& masses) {
   const char* op = "cluster_decode";
   const ScoreKind kind = check_score_kind(op, score);
   const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
-                    soft_cap, out, workspace, counters, kind, sizes);
+                    soft_cap, out, workspace, counters, sinks, kind, sizes);
   const bool has_masses = kind == ScoreKind::kCodes;
   QUEST_CHECK(has_masses == masses.has_value(), op, "values",
               "masses, from weigh_pages, belong to the score codes alone, got score ", score,
@@ -338,7 +340,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
       "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
       "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0, "
-      "str score=\"minmax\", Tensor? masses=None) -> ()");
+      "str score=\"minmax\", Tensor? sinks=None, Tensor? masses=None) -> ()");
   library.def(
       "weigh_pages(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
       "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) masses) -> ()");

@@ -6,6 +6,8 @@
 
 namespace quest::cuda {
 
+constexpr float kLog2E = 1.44269504088896340736f;
+
 // The factor of weights relative to `max_log2` when they become relative to `new_max_log2`; 0 where
 // there are no weights.
 __device__ __forceinline__ float rescale(float max_log2, float new_max_log2) {
@@ -44,6 +46,17 @@ __device__ __forceinline__ MergedStates merge(const SoftmaxState& first,
 // log2 of all weights.
 __device__ __forceinline__ float mass_of(const SoftmaxState& state) {
   return state.max_log2 + log2_fast(state.sum);
+}
+
+// The sum of a query head's weights, its sink's included: a logit without a value. `sinks` is
+// [num_heads], null for none. A row without tokens keeps the sum 0. The weight of a sink far above
+// all logits is infinity, and the output 0.
+template <typename T>
+__device__ __forceinline__ float sum_with_sink(const SoftmaxState& state, const void* sinks,
+                                               int head) {
+  if (sinks == nullptr || state.sum == 0.0f) return state.sum;
+  const float sink_log2 = static_cast<float>(static_cast<const T*>(sinks)[head]) * kLog2E;
+  return state.sum + exp2_fast(sink_log2 - state.max_log2);
 }
 
 }  // namespace quest::cuda

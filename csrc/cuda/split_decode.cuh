@@ -229,7 +229,7 @@ class SplitDecode {
     __syncthreads();
     if (threadIdx.x < p_.group_size) {
       const SoftmaxState state = merge_warps(threadIdx.x);
-      memory_.sum[threadIdx.x] = state.sum;
+      memory_.sum[threadIdx.x] = sum_of_weights(segment, threadIdx.x, state);
       if (!is_whole) {
         const int64_t row = part(cta, cta == first_cta) * p_.group_size + threadIdx.x;
         p_.workspace.partial_state[row] = state;
@@ -330,10 +330,17 @@ class SplitDecode {
         out[2] = out[2] * old_factor + values.z * factor;
         out[3] = out[3] * old_factor + values.w * factor;
       }
+      const float sum = sum_of_weights(segment, head, state);
 #pragma unroll
-      for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], state.sum);
+      for (int k = 0; k < kLoad; ++k) write_out(segment, head, dim + k, out[k], sum);
     }
     if (threadIdx.x == 0) p_.workspace.arrivals[first_cta] = 0;
+  }
+
+  // The sum of a query head's weights over all tokens, and its sink.
+  __device__ float sum_of_weights(const Segment& segment, int head,
+                                  const SoftmaxState& state) const {
+    return sum_with_sink<T>(state, p_.sinks, segment.head * p_.group_size + head);
   }
 
   // A row without tokens has no weights: its output is 0.

@@ -26,7 +26,6 @@ constexpr int kTileHeads = 4;    // query heads of a product: of 8 columns, two 
 constexpr int kSpanTokens = 32;  // that a load brings a warp, 4 to a lane
 constexpr int kSpans = kGroupTokens / kSpanTokens;
 constexpr int kUsualPageSize = 16;
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kMagic = 12582912.0f;    // 1.5 * 2^23: its low bits are an integer
 constexpr float kMaxInteger = 32639.0f;  // its high byte and low byte, -128 to 127, are two bytes
 constexpr float kSmallest = 1e-30f;      // products below it count as none

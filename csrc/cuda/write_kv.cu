@@ -236,6 +236,7 @@ class RunWriter {
 #pragma unroll
       for (float& squares : spread.at) squares = sqrtf(squares * inverse_count);
     } else {
+      static_assert(kScore == ScoreKind::kMidDev);
       const Floats low = Floats::of<T>(extremes.low), high = Floats::of<T>(extremes.high);
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) center.at[i] = 0.5f * low.at[i] + 0.5f * high.at[i];

@@ -1,10 +1,12 @@
 """cluster_decode does what score, select and sparse_decode do one after another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from batch import CPU, UNTOUCHED, Batch, Shape, make_batch
+from batch import CPU, SINKS, UNTOUCHED, Batch, Shape, make_batch
 from gpu.test_cuda_ops import DEVICE, all_shapes, is_close, lengths_around, same_bits
 from gpu.test_cuda_ops import pytestmark as needs_a_gpu
 from vllm_quest import ops, reference
@@ -108,11 +110,13 @@ def wide_table(shape: Shape) -> int:
     return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
 
 
-def decodes_far_keys_alike(budget_pages: int, page_size: int, **kept: int) -> bool:
+def decodes_far_keys_alike(
+    budget_pages: int, page_size: int, sinks: list[float] | None = None, **kept: int
+) -> bool:
     shape = Shape(num_kv_heads=1, page_size=page_size)
     tokens = wide_table(shape)
     lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
-    batch = make_batch(shape, lengths, budget_pages, DEVICE, max_tokens=tokens)
+    batch = make_batch(shape, lengths, budget_pages, DEVICE, max_tokens=tokens, sinks=sinks)
     batch.kept = kept
     batch.query[4] = 0  # equal scores
     return decodes_alike(batch)
@@ -261,6 +265,35 @@ def test_soft_cap() -> None:
     assert decodes_alike(make_batch(Shape(), [5, 700, 1], 8, DEVICE, soft_cap=3.0))
 
 
+@pytest.mark.parametrize("budget_pages", [4, ops.UNLIMITED_PAGES])
+@all_shapes
+def test_sinks(shape: Shape, budget_pages: int) -> None:
+    """Also of a row that all CTAs attend to, and of padding."""
+    lengths = [*lengths_around(shape.page_size, 4), 9000]
+    assert decodes_alike(make_batch(shape, lengths, budget_pages, DEVICE, sinks=SINKS))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 33])
+def test_sinks_in_clusters_of_every_size(rows: int) -> None:
+    """In gpt-oss's shape."""
+    lengths = [1000 + 977 * row % 3000 for row in range(rows)]
+    shape = Shape(head_size=64, num_kv_heads=8, group_size=8, pages_per_block=8)
+    assert decodes_alike(make_batch(shape, lengths, 40, DEVICE, sinks=SINKS))
+
+
+def test_sinks_of_rows_with_far_keys() -> None:
+    assert decodes_far_keys_alike(40, 8, SINKS)
+
+
+def test_sinks_without_weight_change_no_bit() -> None:
+    budgets = [1, 1, 8, ops.UNLIMITED_PAGES]
+    batch = make_batch(Shape(), [1, 0, 700, 9000], budgets, DEVICE)
+    without = batch.cluster_decode()
+    for sink in (-torch.inf, -200.0):
+        sinks = torch.full((8,), sink, dtype=torch.bfloat16, device=DEVICE)
+        assert same_bits(replace(batch.fresh(), sinks=sinks).cluster_decode(), without)
+
+
 def test_strided_query_and_output() -> None:
     batch = make_batch(Shape(), [50, 700], 8, DEVICE)
     wide = torch.zeros(2, 3, *batch.query.shape[1:], dtype=batch.query.dtype, device=DEVICE)
@@ -277,7 +310,8 @@ def test_a_thousand_rows() -> None:
 
 
 def test_results_are_repeatable_bit_for_bit() -> None:
-    batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
+    lengths = [8000, 31, 2500, 0, 640]
+    batch = make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE, sinks=SINKS)
     first = batch.cluster_decode().clone()
     for _ in range(20):
         batch.out.fill_(torch.nan)
@@ -312,5 +346,5 @@ def test_budgets_longer_than_shared_memory_lists() -> None:
 
 def test_small_clusters() -> None:
     """For compute-sanitizer: selection and attention by clusters of several CTAs, little data."""
-    assert decodes_alike(make_batch(Shape(), [700, 5, 0, 900], 4, DEVICE))
+    assert decodes_alike(make_batch(Shape(), [700, 5, 0, 900], 4, DEVICE, sinks=SINKS))
     assert decodes_alike(make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE))

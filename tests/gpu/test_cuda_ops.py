@@ -4,12 +4,15 @@ pytest tests/gpu    all of it, on a machine with a GPU
 make sanitize       all but the tests marked large, under compute-sanitizer's three tools
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from batch import (
     CPU,
+    SINKS,
     UNIT_ROUNDOFF,
     UNTOUCHED,
     Batch,
@@ -281,7 +284,8 @@ def is_close(batch: Batch, expected: Batch) -> bool:
 
     The kernel rounds weights, so errs by a part of the attention to the values' magnitudes, which
     may be larger than the output, where values cancel out. Kernel and reference round the output.
-    A quarter is left for fp32 sums and for `magnitudes`, which is rounded as well.
+    A quarter is left for fp32 sums and for `magnitudes`, which is rounded as well. Sinks make
+    outputs small, and fp16 rounds the smallest to whole steps.
     """
     head_size = expected.shape.head_size
     magnitudes = expected.to(CPU)
@@ -290,7 +294,9 @@ def is_close(batch: Batch, expected: Batch) -> bool:
     magnitudes.sparse_decode(reference)
     out, right = batch.out.cpu().double(), expected.out.double()
     of_weights, of_outputs = magnitudes.out.double(), 2 * right.abs()
-    limit = 1.25 * UNIT_ROUNDOFF[expected.shape.dtype] * (of_weights + of_outputs)
+    dtype = expected.shape.dtype
+    smallest_step = 2.0**-24 if dtype == torch.float16 else 0.0
+    limit = 1.25 * UNIT_ROUNDOFF[dtype] * (of_weights + of_outputs) + smallest_step
     return bool(((out - right).abs() <= limit).all())
 
 
@@ -322,6 +328,27 @@ def test_rows_have_budgets_of_their_own() -> None:
 def test_soft_cap() -> None:
     batch = make_batch(Shape(), [5, 700, 1], 8, DEVICE, soft_cap=3.0)
     assert attends_alike(batch)
+
+
+@pytest.mark.parametrize("budget_pages", [4, ops.UNLIMITED_PAGES])
+@all_shapes
+def test_sinks(shape: Shape, budget_pages: int) -> None:
+    """Also of rows that several CTAs attend to, and of padding."""
+    lengths = [*lengths_around(shape.page_size, 4), 9000]
+    assert attends_alike(make_batch(shape, lengths, budget_pages, DEVICE, sinks=SINKS))
+
+
+def test_sinks_beside_a_soft_cap() -> None:
+    batch = make_batch(Shape(), [5, 700, 1], 8, DEVICE, soft_cap=3.0, sinks=SINKS)
+    assert attends_alike(batch)
+
+
+def test_sinks_without_weight_change_no_bit() -> None:
+    batch = make_batch(Shape(), [1, 0, 700, 9000], [1, 1, 8, ops.UNLIMITED_PAGES], DEVICE)
+    without = batch.run().out
+    for sink in (-torch.inf, -200.0):
+        sinks = torch.full((8,), sink, dtype=torch.bfloat16, device=DEVICE)
+        assert same_bits(replace(batch.fresh(), sinks=sinks).run().out, without)
 
 
 def test_large_logits() -> None:
@@ -387,7 +414,8 @@ def test_many_pairs_attend_alike() -> None:
 
 @pytest.mark.large
 def test_results_are_repeatable_bit_for_bit() -> None:
-    batch = make_batch(Shape(num_kv_heads=8), [8000, 31, 2500, 0, 640], 40, DEVICE)
+    lengths = [8000, 31, 2500, 0, 640]
+    batch = make_batch(Shape(num_kv_heads=8), lengths, 40, DEVICE, sinks=SINKS)
     first = batch.run().out.clone()
     for _ in range(20):
         batch.out.fill_(torch.nan)
@@ -419,7 +447,8 @@ def test_small_pipeline() -> None:
     for score in BOUNDS:
         assert written_alike(shape, [3, 4, 5, 40, -1], score=score)
     assert attends_alike(make_batch(shape, [700, 5, 0], 4, DEVICE))
-    assert attends_alike(make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE))
+    dense = make_batch(Shape(num_kv_heads=1), [1500], ops.UNLIMITED_PAGES, DEVICE, sinks=SINKS)
+    assert attends_alike(dense)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -436,6 +465,16 @@ def test_refuses_a_missing_workspace() -> None:
     batch = make_batch(Shape(), [40], 1, DEVICE)
     batch.workspace = None
     with pytest.raises(RuntimeError, match="decode_workspace"):
+        batch.sparse_decode()
+
+
+def test_refuses_sinks_of_another_dtype_or_number() -> None:
+    batch = make_batch(Shape(), [40], 1, DEVICE)
+    batch.sinks = torch.zeros(8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="sinks must be BFloat16, got Float"):
+        batch.sparse_decode()
+    batch.sinks = torch.zeros(2, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"sinks must be \[8\]"):
         batch.sparse_decode()
 
 

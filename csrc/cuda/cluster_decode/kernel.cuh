@@ -693,11 +693,12 @@ class ClusterDecode {
         merged += __shfl_xor_sync(kAllLanes, merged, lanes);
       }
       if (lane != 0 || i >= num_merged()) continue;
+      const int query_head = head_ * p_.group_size + head;
       T* const out = static_cast<T*>(p_.out) + row_ * p_.out_row_stride +
-                     (head_ * p_.group_size + head) * p_.out_head_stride + element % kHeadSize;
+                     query_head * p_.out_head_stride + element % kHeadSize;
+      const float sum = sum_with_sink<T>(merged_state, p_.sinks, query_head);
       // A row without tokens has the output 0.
-      *out = Element<T>::from_float(
-          merged_state.sum == 0.0f ? 0.0f : __fdividef(merged, merged_state.sum));
+      *out = Element<T>::from_float(sum == 0.0f ? 0.0f : __fdividef(merged, sum));
     }
   }
 
