@@ -112,18 +112,25 @@ def check_operators() -> Iterator[Checked]:
     def cluster_decode(query, kv_cache, rows, out, *, page_size, **options):
         REAL["cluster_decode"](query, kv_cache, rows, out, page_size=page_size, **options)
         num_rows, num_kv_heads = len(rows), kv_cache.shape[1]
-        block_tokens = reference.tokens_per_block(kv_cache, page_size)
+        kind = options.get("score", "minmax")
+        block_tokens = reference.tokens_per_block(kv_cache, page_size, kind)
         max_pages = rows.block_table.shape[1] * block_tokens // page_size
         scores = torch.empty(num_rows, num_kv_heads, max_pages, device=query.device)
         pages = torch.zeros_like(scores, dtype=torch.int32)
-        score(query, kv_cache, rows, scores, page_size=page_size)
+        if kind == "codes":
+            logits = {name: options[name] for name in ("scale", "soft_cap")}
+            masses = torch.empty_like(options["masses"])
+            score_codes(query, kv_cache, rows, masses, scores, page_size=page_size, **logits)
+        else:
+            score(query, kv_cache, rows, scores, page_size=page_size)
         kept = {name: value for name, value in options.items() if name.startswith("keep_")}
         select(scores, rows, pages, page_size=page_size, **kept)
         check_output(query, kv_cache, rows, pages, out, page_size=page_size, **options)
 
     def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, **options):
         soft_cap, score = options.get("soft_cap", 0.0), options.get("score", "minmax")
-        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, score)
+        sinks = options.get("sinks")
+        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, score, sinks)
         exact = small.attention(pages.cpu())
         limit = decode_error(small, exact)
         if query.is_cuda:
@@ -161,6 +168,7 @@ class Small:
     scale: float
     soft_cap: float
     score: Score
+    sinks: Tensor | None
 
     @classmethod
     def of(
@@ -172,6 +180,7 @@ class Small:
         scale: float = 1.0,
         soft_cap: float = 0.0,
         score: Score = "minmax",
+        sinks: Tensor | None = None,
     ) -> "Small":
         rows = on_host(rows)
         block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
@@ -184,7 +193,8 @@ class Small:
             blocks.append(rows.block_table[row, :num_blocks].long())
         cache = kv_cache[torch.cat(blocks).to(kv_cache.device)].cpu()
         rows = ops.Rows(table, rows.seq_lens, rows.budget_pages)
-        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap, score)
+        sinks = None if sinks is None else sinks.detach().cpu()
+        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap, score, sinks)
 
     def attention(self, pages: Tensor) -> Tensor:
         """What the reference makes of the selected pages, fp64."""
@@ -199,6 +209,7 @@ class Small:
             scale=self.scale,
             soft_cap=self.soft_cap,
             score=self.score,
+            sinks=self.sinks,
         )
         return out
 

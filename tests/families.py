@@ -11,6 +11,9 @@ from engines import ON_GPU, VOCABULARY
 WINDOW = 64
 """Tokens, in place of the 512 to 4096 of real checkpoints, so that short prompts exceed it."""
 
+SINK = 6.0
+"""Mean of the sinks, so that they take much of the attention."""
+
 SHARPNESS = 2.0
 """Standard deviation of queries' and keys' elements, so that attention decides the next token."""
 
@@ -268,6 +271,27 @@ FAMILIES = {
         heads(5, 1, 128) | windows("f", "w", "f") | {"sliding_window_pattern": "LLLG"},
         1,
     ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        heads(16, 2, 64)
+        | windows("w", "f", "w", "f")
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 512,
+            },
+        },
+        1,
+        in_ci=True,
+    ),
     "DBRX": Family(
         "DbrxForCausalLM",
         "dbrx",
@@ -387,6 +411,8 @@ def random_weights(loader: Any, model: torch.nn.Module, model_config: Any) -> No
         attends = any(part in name for part in ("attn", "attention", "Wqkv", "qkv", "mixer"))
         if weight.dim() > 1:
             values *= (SHARPNESS if attends else 1.0) / weight.shape[-1] ** 0.5
+        elif name.endswith("sinks"):
+            values = SINK + values
         elif "norm" in name or "ln_" in name:
             values = 0.1 * values + (SHARPNESS if attends else 1.0)
         elif name.endswith(".A"):

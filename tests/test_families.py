@@ -150,6 +150,7 @@ def test_a_hybrid_in_blocks_of_three_pages(write_family):
     ("name", "options", "variables"),
     [
         ("Gemma 2", {"disable_hybrid_kv_cache_manager": True}, {}),
+        ("gpt-oss", {"disable_hybrid_kv_cache_manager": True}, {}),
         ("Llama 4", {}, {"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"}),
     ],
 )
@@ -166,8 +167,9 @@ def test_layer_kinds_in_one_group_or_in_several(
         assert agree(dense, answers(llm, prompts, COVERING))
 
 
-def test_windowed_layers_may_keep_their_own_backend(write_family):
-    model, prompts = write_family("Gemma 2"), random_prompts(LENGTHS)
+@pytest.mark.parametrize("name", ["Gemma 2", "gpt-oss"])
+def test_windowed_layers_may_keep_their_own_backend(name, write_family):
+    model, prompts = write_family(name), random_prompts(LENGTHS)
     by_kind = {
         "attention_config": {"backend_per_kind": {"full_attention": "QUEST"}},
         "additional_config": {"quest": QUEST},

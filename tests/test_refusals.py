@@ -13,11 +13,13 @@ from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
 from vllm_quest.impl import QuestImpl
+from vllm_quest.support import layer_reasons
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -100,7 +102,6 @@ CONNECTOR = {
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "MLA": (MLA, {}, ["MLA", "--attention-backend"]),
     "ALiBi": (ALIBI, {}, ["ALiBi", "--attention-backend"]),
-    "attention sinks": (SINKS, {"dtype": "bfloat16"}, ["sinks", "--attention-backend"]),
     "encoder": (ENCODER, {}, ["pooling", "--attention-backend"]),
     "encoder and decoder": (ENCODER_DECODER, {}, ["encoder-decoder", "--attention-backend"]),
     "KV connector": ({}, CONNECTOR, ["ExampleConnector", "--kv-transfer-config"]),
@@ -179,6 +180,50 @@ def test_it_is_refused_with_a_cure(tmp_path, what):
     assert len(lines) == 1, message
     for word in words:
         assert word in lines[0]
+
+
+SINKS_REFUSED = {
+    "FlashAttention 2": (
+        {"attention_config": {"flash_attn_version": 2}, "dtype": "bfloat16"},
+        ["sinks", "FlashAttention 3 or 4", "flash_attn_version", "--attention-backend"],
+    ),
+    "another dtype": ({"dtype": "float16"}, ["sinks", "float16", "set --dtype bfloat16"]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="CPU_ATTN takes all sinks")
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("why", SINKS_REFUSED)
+def test_sinks_that_prefill_cannot_have_are_refused(tmp_path, why):
+    options, words = SINKS_REFUSED[why]
+    message = refusal(write_model(tmp_path, **SINKS), **options)
+    assert "QUEST cannot serve this model" in message
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("has_sink", "takes_sinks", "dtype", "words"),
+    [
+        (True, False, torch.bfloat16, SINKS_REFUSED["FlashAttention 2"][1]),
+        (True, True, torch.float16, SINKS_REFUSED["another dtype"][1]),
+        (True, True, torch.bfloat16, None),
+        (False, False, torch.float16, None),
+    ],
+)
+def test_sinks_are_served_where_flash_attention_takes_them(
+    monkeypatch, has_sink, takes_sinks, dtype, words
+):
+    """As on a GPU, whose FlashAttention is asked."""
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setattr(FlashAttentionBackend, "supports_sink", lambda: takes_sinks)
+    layer = AttentionSelectorConfig(64, dtype, "auto", None, has_sink=has_sink)
+    reasons = list(layer_reasons(layer))
+    if words is None:
+        assert reasons == []
+    else:
+        assert len(reasons) == 1
+        assert all(word in reasons[0] for word in words)
 
 
 @pytest.mark.gpu

@@ -69,6 +69,10 @@ class QuestBackend(AttentionBackend):
         return True  # dense, by the platform's own backend
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # where the platform's own backend does, see `support.layer_reasons`
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

@@ -82,11 +82,13 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
         **extras: Any,
     ) -> None:
         """See `vllm/v1/attention/backend.py`.
 
         Args:
+            sinks: `[num_heads]`, the layer's own weights, see `ops.sparse_decode`.
             extras: what some models ask of every backend, for each of their layers
                 (`Attention.__init__`), if only to say that a layer does without.
 
@@ -107,6 +109,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
         self.quest = QuestConfig.active()
         self.kept: dict[str, Any] = {
             "keep_first_pages": self.quest.keep_first_pages,
@@ -126,6 +129,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             logits_soft_cap,
             attn_type,
             kv_sharing_target_layer_name,
+            sinks,
         )
 
     def get_impl_variants(self) -> tuple[AttentionImpl[Any], ...]:
@@ -208,6 +212,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             "page_size": self.quest.page_size,
             "scale": self.scale,
             "soft_cap": self.soft_cap,
+            "sinks": self.sinks,
             "workspace": plan.workspace,
             "counters": plan.counters,
             "score": self.quest.score,

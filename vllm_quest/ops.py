@@ -1,8 +1,8 @@
 """Typed wrappers of the compiled operators `torch.ops.vllm_quest.*`, one per stage.
 
 The same operators exist for CPU and CUDA, but for `weigh_pages` and `cluster_decode`, which GPUs
-have alone. `vllm_quest/reference.py` says in plain PyTorch what each computes; `csrc/README.md` says
-how.
+have alone. `vllm_quest/reference.py` says in plain PyTorch what each computes; `csrc/README.md`
+says how.
 
 Dimension names, used in Python and C++ alike:
 

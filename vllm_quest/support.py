@@ -168,7 +168,7 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
     if selector.attn_type != AttentionType.DECODER:
         yield f"it attends with an encoder ({selector.attn_type}); {OTHER_BACKEND}"
     if selector.has_sink:
-        yield f"the model has attention sinks; {OTHER_BACKEND}"
+        yield from _sink_reasons(selector.dtype, current_platform.device_type)
     if selector.use_mm_prefix or selector.use_non_causal:
         yield f"the model attends to later tokens (not causal); {OTHER_BACKEND}"
     if selector.use_rswa:
@@ -219,6 +219,25 @@ def _group_reasons(model: "ModelConfig", parallel: "ParallelConfig", device: str
         yield (
             f"it has {group_size} query heads per KV head on each GPU; the GPU operators take "
             f"{MAX_GROUP_SIZE}: raise --tensor-parallel-size, or {OTHER_BACKEND}"
+        )
+
+
+def _sink_reasons(dtype: torch.dtype, device: str) -> Iterator[str]:
+    """Attention sinks that the platform's own backend does not take; CPU_ATTN takes all."""
+    if device != "cuda":
+        return
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    if not FlashAttentionBackend.supports_sink():
+        yield (
+            "the model has attention sinks, and their prefill needs FlashAttention 3 or 4, which "
+            "run on GPUs from compute capability 9.0: leave flash_attn_version to vLLM, or "
+            f"{OTHER_BACKEND}"
+        )
+    elif dtype != torch.bfloat16:
+        yield (
+            f"the model has attention sinks, which FlashAttention takes in bfloat16 only, and its "
+            f"dtype is {str(dtype).removeprefix('torch.')}; set --dtype bfloat16"
         )
 
 

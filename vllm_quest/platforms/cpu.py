@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
@@ -25,13 +26,34 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_quest.config import QuestConfig
 from vllm_quest.decode_plan import DecodePlan, Decodes
+from vllm_quest.layers import is_full_attention
 from vllm_quest.ops import UNLIMITED_PAGES, Rows
 
 SCRATCH_BLOCK_TOKENS = 128
 """Tokens per block of the scratch cache: CPU_ATTN's own default."""
 
 DenseImpl = CPUAttentionBackendImpl
-DenseMetadataBuilder = CPUAttentionMetadataBuilder
+
+
+class DenseMetadataBuilder(CPUAttentionMetadataBuilder):
+    """CPU_ATTN's metadata for the layers of a group that QUEST leaves to it."""
+
+    def _group_sliding_window(self) -> int:
+        """The window that these layers share, else -1.
+
+        CPU_ATTN's own looks for its implementation in the layers, and finds QUEST's. A context is
+        then split without regard to the window, and vLLM 0.32 weighs sinks wrongly where a split
+        lies outside of it.
+        """
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        windows = {
+            impl.sliding_window
+            for layer in layers.values()
+            if not is_full_attention(layer)
+            for impl in layer.impl.get_impl_variants()
+            if isinstance(impl, DenseImpl)
+        }
+        return windows.pop() if len(windows) == 1 else -1
 
 
 @dataclass
@@ -182,6 +204,9 @@ def attend_prefill(
             plan.scratch_slots,
             plan.isa,
         )
+    sinks = impl.sinks
+    if sinks is not None and sinks.dtype == torch.float16:
+        sinks = sinks.float()  # the kernel takes bf16 and fp32
     vllm_ops.cpu_attention_with_kv_cache(
         query=query,
         key_cache=key_cache,
@@ -196,5 +221,5 @@ def attend_prefill(
         block_table=plan.scratch_table,
         softcap=impl.logits_soft_cap,
         scheduler_metadata=plan.scheduler_metadata,
-        s_aux=None,
+        s_aux=sinks,
     )
