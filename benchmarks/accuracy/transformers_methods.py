@@ -54,15 +54,16 @@ def attend(
     layer_attention: LayerAttention,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Hand a layer's attention to the run; as transformers calls it.
 
     Raises:
-        NotImplementedError: the model's attention has a window or a soft cap.
+        NotImplementedError: the model's attention has a window, a soft cap or sinks.
     """
-    if sliding_window is not None or softcap is not None:
-        raise NotImplementedError("sliding windows and soft caps are not implemented here")
+    if any(value is not None for value in (sliding_window, softcap, s_aux)):
+        raise NotImplementedError("sliding windows, soft caps and sinks are not implemented here")
     out = layer_attention(module.layer_idx, query, key, value, scaling)
     return out.transpose(1, 2), None
 

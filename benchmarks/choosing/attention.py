@@ -39,11 +39,12 @@ def _attend(
     layer_attention: "Reading | Decoding",
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Hand a layer's attention on; as transformers calls it."""
-    if softcap is not None:
-        raise NotImplementedError("attention with a soft cap is not implemented here")
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("attention with a soft cap or sinks is not implemented here")
     layer: Any = module.layer_idx
     out = layer_attention(layer, query, key, value, scaling, sliding_window)
     return out.transpose(1, 2), None
