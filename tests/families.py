@@ -87,8 +87,8 @@ def windows(*kinds: str) -> dict[str, Any]:
 
 
 GDN = {
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
+    "linear_key_head_dim": 128,  # as checkpoints have it; FlashInfer's kernel takes no other
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
