@@ -140,10 +140,14 @@ def _agree(left: Answer, right: Answer) -> bool:
 
 
 def answers(
-    llm: LLM, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]
+    llm: LLM,
+    prompts: Sequence[Any],
+    params: SamplingParams | Sequence[SamplingParams],
+    **options: Any,
 ) -> list[Answer]:
     """What `agree` compares; the sampling parameters must ask for two log probabilities."""
-    results = [result.outputs[0] for result in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = llm.generate(prompts, params, use_tqdm=False, **options)
+    results = [output.outputs[0] for output in outputs]
     return [
         Answer(tuple(output.token_ids), tuple(map(_lead, output.logprobs or ())))
         for output in results
