@@ -11,6 +11,7 @@ import torch
 import vllm
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -18,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
+from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
 from vllm_quest.support import layer_reasons
 
@@ -91,21 +93,79 @@ DUAL_CHUNK = {
     "model_type": "qwen2",
     "dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8},
 }
-CONNECTOR = {
-    "kv_transfer_config": {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": "/nowhere"},
+
+
+def connector(name: str, module: str | None = None, **settings: Any) -> dict[str, Any]:
+    """Engine options that name a KV connector."""
+    return {
+        "kv_transfer_config": {
+            "kv_connector": name,
+            "kv_connector_module_path": module,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": settings,
+        }
     }
-}
+
+
+def in_multi(name: str, **settings: Any) -> dict[str, Any]:
+    """The same, within a MultiConnector."""
+    [child] = connector(name, **settings).values()
+    return connector("MultiConnector", connectors=[child])
+
 
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "MLA": (MLA, {}, ["MLA", "--attention-backend"]),
     "ALiBi": (ALIBI, {}, ["ALiBi", "--attention-backend"]),
     "encoder": (ENCODER, {}, ["pooling", "--attention-backend"]),
     "encoder and decoder": (ENCODER_DECODER, {}, ["encoder-decoder", "--attention-backend"]),
-    "KV connector": ({}, CONNECTOR, ["ExampleConnector", "--kv-transfer-config"]),
-    "KV offloading": ({}, {"kv_offloading_size": 1}, ["offloading", "--kv-offloading-size"]),
+    "ExampleConnector": (
+        {},
+        connector("ExampleConnector", shared_storage_path="/nowhere"),
+        ["ExampleConnector", "slots of tokens", "--kv-transfer-config", "NixlConnector"],
+    ),
+    "LMCache": ({}, connector("LMCacheConnectorV1"), ["LMCache takes the rows of a block"]),
+    "LMCache by its option": (
+        {},
+        {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+        ["--kv-offloading-backend is lmcache", "set it to native"],
+    ),
+    "Mooncake": ({}, in_multi("MooncakeConnector"), ["MooncakeConnector", "would go unnoticed"]),
+    "unknown connector": (
+        {},
+        connector("Carrier", module="engines"),
+        ["Carrier of engines is not known", "--kv-transfer-config"],
+    ),
+    "allowed name of another module": (
+        {},
+        connector("NixlConnector", module="engines"),
+        ["NixlConnector of engines is not known"],
+    ),
+    "offloading to files": (
+        {},
+        connector("OffloadingConnector", spec_name="TieringOffloadingSpec"),
+        ["spec_name", "TieringOffloadingSpec", "set it to CPUOffloadingSpec"],
+    ),
+    "handshake that compares nothing": (
+        {},
+        in_multi("NixlConnector", enforce_handshake_compat=False),
+        ["enforce_handshake_compat", "kv_connector_extra_config"],
+    ),
+    **(
+        {}
+        if ON_GPU
+        else {
+            "offloading on CPUs": (
+                {},
+                {"kv_offloading_size": 1},
+                ["GPUs alone", "--kv-offloading-size"],
+            ),
+            "SimpleCPUOffloadConnector on CPUs": (
+                {},
+                connector("SimpleCPUOffloadConnector"),
+                ["GPUs alone", "--kv-transfer-config"],
+            ),
+        }
+    ),
     "context parallelism": (
         {"num_key_value_heads": 1},
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
@@ -231,6 +291,13 @@ def test_sinks_are_served_where_flash_attention_takes_them(
 def test_sleep_mode_is_refused(tmp_path):
     message = refusal(write_model(tmp_path), enable_sleep_mode=True)
     assert "--enable-sleep-mode" in message
+
+
+def test_each_connector_of_vllm_is_allowed_or_refused_with_a_reason():
+    """A new one of a later vLLM is refused as unknown until somebody looks at what it copies."""
+    known = WHOLE_BLOCKS.keys() | REFUSED.keys()
+    assert not WHOLE_BLOCKS.keys() & REFUSED.keys()
+    assert known == KVConnectorFactory._registry.keys()
 
 
 def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):

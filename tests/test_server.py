@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import openai
 import pytest
@@ -24,11 +26,19 @@ SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
 @contextlib.contextmanager
-def serve(model: str, *options: str) -> Iterator[str]:
+def serve(
+    model: str, *options: str, env: dict[str, str] | None = None, log: IO[bytes] | None = None
+) -> Iterator[str]:
+    """The URL of a server, in this process's environment with `env` on top; it writes to `log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([*SERVE, model, "--port", str(port), "--enforce-eager", *options])
+    process = subprocess.Popen(
+        [*SERVE, model, "--port", str(port), *options],
+        env=os.environ | (env or {}),
+        stdout=log,
+        stderr=log and subprocess.STDOUT,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_LIMIT_S
@@ -49,7 +59,8 @@ def serve(model: str, *options: str) -> Iterator[str]:
 def client(demo_model, monkeypatch_module):
     monkeypatch_module.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     quest = json.dumps({"quest": {"token_budget": 1024, "dense_layers": 0}})
-    with serve(demo_model, "--attention-backend", "QUEST", "--additional-config", quest) as url:
+    options = ["--attention-backend", "QUEST", "--additional-config", quest, "--enforce-eager"]
+    with serve(demo_model, *options) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none")
 
 

@@ -74,7 +74,7 @@ class QuestBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # those that carry whole blocks, see `connectors`
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

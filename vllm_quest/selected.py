@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vllm_quest import metrics
+from vllm_quest import connectors, metrics
 from vllm_quest.budgets import QuestBudgets
 from vllm_quest.config import QuestConfig
 from vllm_quest.counters import WORKER_EXTENSION
@@ -20,6 +20,7 @@ def prepare(vllm_config: "VllmConfig") -> None:
     """
     refuse_unsupported(vllm_config)
     QuestConfig.from_vllm(vllm_config).activate()
+    connectors.prepare(vllm_config.kv_transfer_config)
     QuestBudgets.note_engine(vllm_config)
     if not vllm_config.parallel_config.worker_extension_cls:
         vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from packaging.version import Version
 
+from vllm_quest import connectors
 from vllm_quest.config import GROUP_TOKENS, QuestConfig
 
 if TYPE_CHECKING:
@@ -148,14 +149,7 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             "context parallelism splits a request's pages over GPUs; remove "
             "--decode-context-parallel-size and --prefill-context-parallel-size"
         )
-    if cache.kv_offloading_size is not None:
-        yield "KV offloading is not known to carry bounds; remove --kv-offloading-size"
-    transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.is_kv_transfer_instance:
-        yield (
-            f"the KV connector {transfer.kv_connector} is not known to carry bounds; remove "
-            "--kv-transfer-config"
-        )
+    yield from connectors.reasons(vllm_config, device)
 
 
 def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
@@ -177,8 +171,6 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
         yield f"the model scales keys and values per head (quantised KV cache); {OTHER_BACKEND}"
     if selector.use_batch_invariant:
         yield f"VLLM_BATCH_INVARIANT is set; unset it, or {OTHER_BACKEND}"
-    if selector.use_kv_connector:
-        yield "a KV connector is configured; remove --kv-transfer-config"
     if selector.use_pcp or selector.use_dcp:
         yield "context parallelism is configured; remove it"
     yield from _shape_reasons(selector.head_size, selector.dtype, current_platform.device_type)
