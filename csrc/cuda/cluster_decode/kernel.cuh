@@ -5,6 +5,9 @@
 // common selection would take longer, since its steps wait for the other CTAs. Keys for which
 // shared memory has no room lie in device memory, in L2 ("Far keys").
 //
+// With the score `codes` weigh_pages has weighed the pages, and a CTA scores its part of them by
+// their masses ("Codes").
+//
 // Each CTA attends to an equal part of the chosen pages. The results are merged over the cluster's
 // shared memory.
 //
