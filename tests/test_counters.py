@@ -64,13 +64,13 @@ def requests(num_tokens: int):
     return prompts, params
 
 
-def slow_count(num_tokens: int, full_layers: int = LAYERS) -> Counts:
+def slow_count(num_tokens: int, full_layers: int = LAYERS, kv_heads: int = KV_HEADS) -> Counts:
     """Count row by row what the requests should read. The prefill makes the first token."""
     counts = []
     for length, own in zip(LENGTHS, BUDGETS, strict=True):
         budget = QUEST["token_budget"] if own is None else own
         steps = range(length + 1, length + num_tokens)
-        for seq_len, layer, _ in product(steps, range(full_layers), range(KV_HEADS)):
+        for seq_len, layer, _ in product(steps, range(full_layers), range(kv_heads)):
             pages = -(-seq_len // PAGE)
             is_sparse = (
                 layer >= QUEST["dense_layers"] and budget != -1 and pages > -(-budget // PAGE)
@@ -114,7 +114,10 @@ def test_an_engines_monitor_is_found_again(model):
 
 
 @pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
-def test_stats_add_up_workers_in_other_processes(model, monkeypatch):
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_stats_add_up_workers_in_other_processes(tmp_path, monkeypatch, kv_heads):
+    """Two ranks with a KV head each, or with the same one, which then counts once."""
+    model = write_weights(write_model(tmp_path, num_key_value_heads=kv_heads))
     first, *_, last = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -123,7 +126,7 @@ def test_stats_add_up_workers_in_other_processes(model, monkeypatch):
         before = metrics(llm)  # of this process's other engines
         token_ids(llm, prompts, params)
         stats = vllm_quest.stats(llm)
-        assert stats == QuestStats.of(slow_count(8), PAGE)
+        assert stats == QuestStats.of(slow_count(8, kv_heads=kv_heads), PAGE)
         time.sleep(2 * monitor.LOOK_EVERY_S)
         assert [b - a for a, b in zip(before, metrics(llm), strict=True)] == stats.values()
 

@@ -45,7 +45,10 @@ class Monitor:
             self._on_host = torch.zeros(num_counters, dtype=torch.int64, pin_memory=True)
             self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._captured = False
-        self._publisher = Publisher(vllm_config)
+        self.is_replica = _is_replica(vllm_config)
+        """Whether another worker counts for the same KV heads."""
+
+        self._publisher = None if self.is_replica else Publisher(vllm_config)
         self._logs = vllm_config.parallel_config.rank == 0
         self._logged = _Logged(time.monotonic(), Counts())
         self._watcher: threading.Thread | None = None
@@ -93,7 +96,8 @@ class Monitor:
     def look(self) -> None:
         """Publish what has arrived on the host, and log it if it is time."""
         counts = Counts(*self._on_host.tolist())
-        self._publisher.publish(counts)
+        if self._publisher is not None:
+            self._publisher.publish(counts)
         now = time.monotonic()
         if now - self._logged.at < envs.VLLM_LOG_STATS_INTERVAL:
             return
@@ -102,6 +106,17 @@ class Monitor:
         if self._logs and counts.pages_full > before.pages_full:
             recent = map(operator.sub, counts.values(), before.values())
             logger.info("%s", describe(QuestStats.of(Counts(*recent), self.page_size)))
+
+
+def _is_replica(vllm_config: VllmConfig) -> bool:
+    """Whether a worker before this one has the same KV heads.
+
+    Where tensor parallelism has more ranks than a model has KV heads, ranks side by side share one.
+    """
+    parallel = vllm_config.parallel_config
+    num_ranks = parallel.tensor_parallel_size
+    ranks_per_head = max(1, num_ranks // vllm_config.model_config.get_total_num_kv_heads())
+    return bool(parallel.rank % num_ranks % ranks_per_head)
 
 
 @dataclass(frozen=True)
@@ -137,8 +152,11 @@ class WorkerExtension:
     vllm_config: VllmConfig
 
     def quest_counts(self) -> dict[str, Any]:
-        """This worker's counts, in the order of `Counts`, and the page size in tokens."""
+        """This worker's counts, in the order of `Counts`, and the page size in tokens.
+
+        They are 0 where another worker counts for the same KV heads.
+        """
         monitor = Monitor.existing(self.vllm_config)
         page_size = QuestConfig.from_vllm(self.vllm_config).page_size
-        counts = Counts() if monitor is None else monitor.counts()
+        counts = Counts() if monitor is None or monitor.is_replica else monitor.counts()
         return {"counts": counts.values(), "page_size": page_size}
