@@ -86,7 +86,8 @@ class Step:
         self.query = torch.randn(shape.rows, shape.heads, shape.head_size, dtype=shape.dtype)
         self.out = torch.empty_like(self.query)
         max_pages = block_table.shape[1] * shape.block_tokens // shape.page_size
-        self.masses = torch.zeros(shape.rows, shape.heads, max_pages)
+        mass_columns = layout.mass_columns(max_pages, shape.page_size)
+        self.masses = torch.zeros(shape.rows, shape.heads, mass_columns)
         self.scores = torch.zeros(shape.rows, shape.kv_heads, max_pages)
         self.pages = torch.zeros(shape.rows, shape.kv_heads, budget_pages, dtype=torch.int32)
         self.key = torch.randn(shape.rows, shape.kv_heads, shape.head_size, dtype=shape.dtype)

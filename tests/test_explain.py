@@ -143,7 +143,7 @@ def test_the_record_is_what_the_operators_read(tmp_path, monkeypatch, score):
             assert pages.sum() == budget // PAGE
             attended = torch.from_numpy(np.repeat(pages, PAGE)[: len(tokens)])
             group = slice(2 * head, 2 * head + 2)
-            expected = reference.attend(query[group], tokens[attended, head], scale, 0.0)
+            expected = reference.attend(query[group], tokens[attended, head], scale, 0.0, None)
             torch.testing.assert_close(out[group].double(), expected, rtol=1e-2, atol=rounding)
             held = weights[group][:, attended].sum(dim=-1)
             np.testing.assert_allclose(record.held[step, head], held, rtol=1e-3)
