@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm import EngineArgs
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -21,7 +22,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
-from vllm_quest.support import layer_reasons
+from vllm_quest.support import layer_reasons, refuse_unsupported
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -177,11 +178,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
         ["fp8", "set --kv-cache-dtype bfloat16"],
     ),
-    "another dtype for the KV cache": (
-        {},
-        {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
-        ["--kv-cache-dtype is float16", "bfloat16", "set --kv-cache-dtype auto"],
-    ),
     "dual chunk attention": (
         DUAL_CHUNK,
         {},
@@ -202,7 +198,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "reference sliding window": ({"rswa_window": 64}, {}, ["reference", "--attention-backend"]),
     "page size": (
         {},
-        {"quest": {"page_size": 48}},
+        {"quest": {"page_size": 48}, "block_size": 128},
         ["'page_size'", "48", "block size of 128", "--block-size"],
     ),
     "unknown setting": ({}, {"quest": {"budget": 1}}, ["'budget'", "token_budget"]),
@@ -284,6 +280,26 @@ def test_sinks_are_served_where_flash_attention_takes_them(
     else:
         assert len(reasons) == 1
         assert all(word in reasons[0] for word in words)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_another_dtype_for_the_kv_cache_is_refused(tmp_path):
+    """By QUEST; from 0.33 on by vLLM itself."""
+    message = refusal(write_model(tmp_path), kv_cache_dtype="float16", dtype="bfloat16")
+    for word in ("--kv-cache-dtype", "float16", "bfloat16", "auto"):
+        assert word in message
+
+
+def test_a_block_size_that_vllm_has_yet_to_choose_is_not_refused(tmp_path):
+    """vLLM asks the backend for one: 0.32 on GPUs, 0.33 on CPUs too."""
+    options = EngineArgs(write_model(tmp_path), attention_backend="QUEST", skip_tokenizer_init=True)
+    config = options.create_engine_config()
+    config.additional_config = {"quest": {"page_size": 48}}
+    config.cache_config.block_size = config.cache_config.DEFAULT_BLOCK_SIZE
+    refuse_unsupported(config)
+    config.cache_config.user_specified_block_size = True
+    with pytest.raises(ValueError, match="block size of 16"):
+        refuse_unsupported(config)
 
 
 @pytest.mark.gpu
