@@ -22,7 +22,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
-from vllm_quest.support import layer_reasons, refuse_unsupported
+from vllm_quest.support import layer_reasons, refuse_unsupported, sink_head_reasons
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -280,6 +280,39 @@ def test_sinks_are_served_where_flash_attention_takes_them(
     else:
         assert len(reasons) == 1
         assert all(word in reasons[0] for word in words)
+
+
+MANY_SINK_HEADS = SINKS | {"num_attention_heads": 80, "num_key_value_heads": 8}
+MANY_SINK_WORDS = ["80 query heads", "sinks of 64", "--tensor-parallel-size", "TRITON_ATTN"]
+
+
+@pytest.mark.parametrize("num_heads", [64, 80])
+@pytest.mark.parametrize("flash_attn_version", [3, 4, None])
+def test_more_heads_with_sinks_than_flash_attention_3_takes_are_refused(
+    num_heads, flash_attn_version
+):
+    """CPU_ATTN has no such version, and no such limit."""
+    version = {} if flash_attn_version is None else {"vllm_flash_attn_version": flash_attn_version}
+    reasons = list(sink_head_reasons(num_heads, SimpleNamespace(**version)))
+    assert len(reasons) == (num_heads == 80 and flash_attn_version == 3)
+    for reason in reasons:
+        assert all(word in reason for word in MANY_SINK_WORDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="CPU_ATTN takes sinks of any number of heads")
+@pytest.mark.usefixtures("no_weights")
+def test_many_heads_with_sinks_are_refused_before_weights_are_read(tmp_path):
+    message = refusal(write_model(tmp_path, **MANY_SINK_HEADS), dtype="bfloat16")
+    assert all(word in message for word in MANY_SINK_WORDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="the cure is a backend for GPUs")
+def test_many_heads_with_sinks_are_served_by_the_backend_that_the_refusal_names(tmp_path):
+    model = write_model(tmp_path, **MANY_SINK_HEADS)
+    (answer,) = generate(model, random_prompts([40]), greedy(4), backend="TRITON_ATTN")
+    assert len(answer.tokens) == 4
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -5,7 +5,7 @@ weight is read. `layer_reasons` sees what only an attention layer knows, such as
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
@@ -15,6 +15,7 @@ from vllm_quest.config import GROUP_TOKENS, QuestConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.v1.attention.backend import AttentionImpl
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 VLLM_AT_LEAST, VLLM_BELOW = "0.32", "0.34"
@@ -26,6 +27,8 @@ DTYPES = {
 }
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 OTHER_BACKEND = "choose another --attention-backend"
+MAX_SINK_HEADS = 64
+"""Query heads whose sinks FlashAttention 3 takes (its `fwd`: "query heads <= 64 with S aux")."""
 DRAFT_TAGS = ("eagle_head", "dflash_head", "dspark_head", "draft_model", "medusa_head")
 """What vLLM tags the building of draft models with (`set_model_tag` in `vllm/v1`)."""
 
@@ -231,6 +234,18 @@ def _sink_reasons(dtype: torch.dtype, device: str) -> Iterator[str]:
         yield (
             f"the model has attention sinks, which FlashAttention takes in bfloat16 only, and its "
             f"dtype is {str(dtype).removeprefix('torch.')}; set --dtype bfloat16"
+        )
+
+
+def sink_head_reasons(num_heads: int, dense: "AttentionImpl[Any]") -> Iterator[str]:
+    """More query heads with sinks than the platform's own backend takes, in a layer of it."""
+    # CPU_ATTN, which takes any number, has no such attribute.
+    is_flash_attn_3 = getattr(dense, "vllm_flash_attn_version", None) == 3
+    if is_flash_attn_3 and num_heads > MAX_SINK_HEADS:
+        yield (
+            f"the model has attention sinks and {num_heads} query heads on each GPU, and "
+            f"FlashAttention 3 takes sinks of {MAX_SINK_HEADS}: raise --tensor-parallel-size, or "
+            "set --attention-backend TRITON_ATTN"
         )
 
 
