@@ -22,7 +22,12 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
-from vllm_quest.support import layer_reasons, refuse_unsupported, sink_head_reasons
+from vllm_quest.support import (
+    _group_reasons,
+    layer_reasons,
+    refuse_unsupported,
+    sink_head_reasons,
+)
 
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -375,21 +380,54 @@ def test_what_a_layer_needs_of_its_backend_is_named():
         QuestImpl(2, 64, 0.125, sinks=None, chunk_lookback=1)
 
 
-def choose_for_draft(attention_backend: AttentionBackendEnum | None) -> str:
-    """The backend of a draft model's layer with a head size that QUEST has not."""
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "device", "is_refused"),
+    [
+        (71, 1, "cuda", True),
+        (48, 1, "cuda", True),
+        (16, 1, "cuda", False),
+        (71, 1, "cpu", False),
+    ],
+)
+def test_more_query_heads_per_kv_head_than_gpu_operators_take(
+    num_heads, num_kv_heads, device, is_refused
+):
+    """71 is Falcon 7B's, 48 StarCoder's."""
+    model = SimpleNamespace(
+        get_num_attention_heads=lambda parallel: num_heads,
+        get_num_kv_heads=lambda parallel: num_kv_heads,
+    )
+    reasons = list(_group_reasons(model, None, device))
+    assert len(reasons) == is_refused
+    for reason in reasons:
+        assert f"{num_heads} query heads per KV head" in reason
+        assert "--tensor-parallel-size" in reason and "--attention-backend" in reason
+
+
+UNSERVED_DRAFTS = {
+    "head size is 32": AttentionSelectorConfig(32, torch.bfloat16, "auto", None),
+    "not causal": AttentionSelectorConfig(64, torch.bfloat16, "auto", None, use_non_causal=True),
+}
+"""As DFlash and DSpark, which are not causal."""
+
+
+def choose_for_draft(why: str, attention_backend: AttentionBackendEnum | None) -> str:
+    """The backend of a draft model's layer that QUEST cannot serve."""
     vllm_config = VllmConfig()
     vllm_config.speculative_config = SimpleNamespace(attention_backend=attention_backend)
-    layer = AttentionSelectorConfig(32, torch.bfloat16, "auto", None)
+    quest = AttentionBackendEnum["QUEST"]
     with set_current_vllm_config(vllm_config), set_model_tag("eagle_head"):
-        return current_platform.get_attn_backend_cls(AttentionBackendEnum["QUEST"], layer)
+        return current_platform.get_attn_backend_cls(quest, UNSERVED_DRAFTS[why])
 
 
-def test_a_draft_model_gets_another_backend(caplog, monkeypatch):
+@pytest.mark.parametrize("why", UNSERVED_DRAFTS)
+def test_a_draft_model_gets_another_backend(why, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert "quest" not in choose_for_draft(None).lower()
-    assert "draft model" in caplog.text and "head size is 32" in caplog.text
+    assert "quest" not in choose_for_draft(why, None).lower()
+    assert "draft model" in caplog.text and why in caplog.text
 
 
-def test_a_draft_model_is_refused_where_quest_was_named_for_it():
-    with pytest.raises(ValueError, match="head size is 32"):
-        choose_for_draft(AttentionBackendEnum["QUEST"])
+@pytest.mark.parametrize("why", UNSERVED_DRAFTS)
+def test_a_draft_model_is_refused_where_quest_was_named_for_it(why):
+    with pytest.raises(ValueError, match=why):
+        choose_for_draft(why, AttentionBackendEnum["QUEST"])
