@@ -128,8 +128,6 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
 
     cache = vllm_config.cache_config
     yield from _cache_dtype_reasons(cache.cache_dtype, None if model is None else model.dtype)
-    if model is not None and model.enable_sleep_mode and device == "cuda":
-        yield "sleeping discards what QUEST keeps beside the KV cache; remove --enable-sleep-mode"
     # Where nobody named a block size, vLLM may yet ask the backend for one: 0.32 does so on GPUs,
     # and 0.33 on CPUs too.
     is_final = cache.user_specified_block_size or cache.block_size != cache.DEFAULT_BLOCK_SIZE
