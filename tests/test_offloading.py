@@ -76,21 +76,47 @@ def one_by_one(llm, prompts):
     return [answers(llm, [prompt], greedy(20))[0] for prompt in prompts]
 
 
+def twice(llm, prompts):
+    """Answers while blocks are new, and once they were stored."""
+    return one_by_one(llm, prompts), one_by_one(llm, prompts)
+
+
+def same(stayed, moved) -> bool:
+    return all(agree(*runs) for runs in zip(stayed, moved, strict=True))
+
+
+FULL_BLOCKS = sum((length - 1) // 128 * 128 for length in LENGTHS)
+"""Tokens of the prompts' full blocks, but for the last token of each prompt, which is computed."""
+
+
 @pytest.mark.parametrize("chunk_tokens", [1024, 256])
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_blocks_come_back_with_their_bounds(model, connector, chunk_tokens):
     """Prompts that end in a full block, one token behind it, and within it; in chunks or whole."""
     prompts = random_prompts(LENGTHS)
-    options = TINY_CACHE | {"quest": SPARSE, "max_num_batched_tokens": chunk_tokens}
+    options = {"quest": SPARSE, "max_num_batched_tokens": chunk_tokens, "max_model_len": 1024}
     with engine(model, **options) as llm:
-        stayed = one_by_one(llm, prompts)
-    with engine(model, **options, **CONNECTORS[connector]) as llm, check_bounds() as checked:
-        assert agree(stayed, one_by_one(llm, prompts))
-        assert counter(llm, HITS) == 0
-        assert agree(stayed, one_by_one(llm, prompts))
-        # Each prompt's full blocks, but one that ends in a full block computes its last anew.
-        assert counter(llm, HITS) >= sum((length - 1) // 128 * 128 for length in LENGTHS) / 2
+        stayed = twice(llm, prompts)
+    options |= TINY_CACHE | CONNECTORS[connector]
+    with engine(model, **options) as llm, check_bounds() as checked:
+        assert same(stayed, twice(llm, prompts))
+        assert counter(llm, HITS) >= FULL_BLOCKS / 2
         assert checked.pages > 2 * sum(LENGTHS) / 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_blocks_come_back_under_graphs(model, connector):
+    prompts = random_prompts(LENGTHS)
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    options = {"enforce_eager": False, "compilation_config": graphs, "max_model_len": 1024}
+    with engine(model, quest=SPARSE, **options) as llm:
+        stayed = twice(llm, prompts)
+    options |= TINY_CACHE | CONNECTORS[connector]
+    with engine(model, quest=SPARSE, **options) as llm:
+        assert same(stayed, twice(llm, prompts))
+        assert counter(llm, HITS) >= FULL_BLOCKS / 2
 
 
 def test_bounds_that_were_lost_are_noticed(model, monkeypatch):
