@@ -4,11 +4,13 @@
     python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
     python benchmarks/gpu_serving.py --backends FLASH_ATTN FLASHINFER QUEST
     python benchmarks/gpu_serving.py --cases 8b:8x32768 --scores minmax codes --budgets 512 2048
+    python benchmarks/gpu_serving.py --tensor-parallel 4 --cases 70b:8x65536 70b:4x122880
 
-Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
-bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
-requests are prefilled; then the median time of a decode step over all of them is taken. A case's
-tokens are those that a request has at the end: 2048 fit the default budget, 2304 are beyond it.
+Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads), Llama-2-7B (32 and 32) and
+Llama-3-70B (64 and 8), bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding.
+For each case all requests are prefilled; then the median time of a decode step over all of them is
+taken. A case's tokens are those that a request has at the end: 2048 fit the default budget, 2304
+are beyond it.
 
 Each score of QUEST has an engine, whose budget is the largest; requests name their own.
 """
@@ -50,6 +52,15 @@ LLAMA = {
 MODELS: dict[str, dict[str, Any]] = {
     "8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
     "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "70b": LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+    },
 }
 CASES = (
     "8b:1x2048",
@@ -71,13 +82,16 @@ def parse_case(case: str) -> tuple[str, int, int]:
     return model, int(requests), int(context)
 
 
-def start(folder: str, backend: str, quest: dict[str, Any], cases: list[tuple[int, int]]):
+def start(
+    folder: str, backend: str, quest: dict[str, Any], cases: list[tuple[int, int]], num_gpus: int
+):
     """An engine of a backend; `quest` holds the settings of QUEST's."""
     from vllm import LLM
 
     return LLM(
         folder,
         attention_backend=backend,
+        tensor_parallel_size=num_gpus,
         load_format="dummy",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
@@ -144,6 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--scores", nargs="+", choices=SCORES, default=["minmax"], help="QUEST's (minmax)"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs per model (1)")
     parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
@@ -172,7 +187,7 @@ def main() -> None:
             shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
             for backend, score in engines:
                 quest = {"token_budget": max(arguments.budgets), "score": score}
-                llm = start(folder, backend, quest, shapes)
+                llm = start(folder, backend, quest, shapes, arguments.tensor_parallel)
                 for (requests, context), budget in itertools.product(shapes, budgets_of[score]):
                     progress.set_description(
                         " ".join(map(str, filter(None, (backend, score, budget))))
@@ -198,6 +213,7 @@ def main() -> None:
         rows.append(
             {
                 "model": model,
+                "gpus": arguments.tensor_parallel,
                 "requests": requests,
                 "context": context,
                 "score": score,
