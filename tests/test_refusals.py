@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from vllm_quest.support import (
     sink_head_reasons,
 )
 
+ROOT = Path(__file__).parents[1]
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -352,6 +354,13 @@ def test_each_connector_of_vllm_is_allowed_or_refused_with_a_reason():
     known = WHOLE_BLOCKS.keys() | REFUSED.keys()
     assert not WHOLE_BLOCKS.keys() & REFUSED.keys()
     assert known == KVConnectorFactory._registry.keys()
+
+
+def test_the_documented_connectors_are_these():
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (allowed|refused) \| (.*) \|$", text, re.MULTILINE)
+    allowed = [(name, "allowed", reason) for name, reason in WHOLE_BLOCKS.items()]
+    assert rows == allowed + [(name, "refused", reason) for name, reason in REFUSED.items()]
 
 
 def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):
