@@ -31,7 +31,8 @@ sanitize: $(VENV)/.dev
 	for tool in memcheck racecheck initcheck; do \
 		OMP_NUM_THREADS=2 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(BIN)/python -m pytest -q --noconftest tests/gpu --ignore tests/gpu/test_graphs.py \
-			--ignore tests/gpu/test_recipes_on_gpu.py \
+			--ignore tests/gpu/test_recipes_on_gpu.py --ignore tests/gpu/test_parallel.py \
+			--ignore tests/gpu/test_sleep.py \
 			-m "not large" || exit 1; \
 	done
 

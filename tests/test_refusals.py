@@ -12,7 +12,7 @@ import torch
 import vllm
 from vllm import EngineArgs
 from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
+from vllm_quest import connectors
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
 from vllm_quest.support import (
@@ -113,6 +114,10 @@ def connector(name: str, module: str | None = None, **settings: Any) -> dict[str
             "kv_connector_extra_config": settings,
         }
     }
+
+
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
 
 
 def in_multi(name: str, **settings: Any) -> dict[str, Any]:
@@ -342,18 +347,42 @@ def test_a_block_size_that_vllm_has_yet_to_choose_is_not_refused(tmp_path):
         refuse_unsupported(config)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="vLLM does not sleep on CPUs")
-def test_sleep_mode_is_refused(tmp_path):
-    message = refusal(write_model(tmp_path), enable_sleep_mode=True)
-    assert "--enable-sleep-mode" in message
-
-
 def test_each_connector_of_vllm_is_allowed_or_refused_with_a_reason():
     """A new one of a later vLLM is refused as unknown until somebody looks at what it copies."""
     known = WHOLE_BLOCKS.keys() | REFUSED.keys()
     assert not WHOLE_BLOCKS.keys() & REFUSED.keys()
     assert known == KVConnectorFactory._registry.keys()
+
+
+def moving_kv(*, is_hybrid: bool = False, offloads: bool = False, **transfer: Any) -> Any:
+    """What `connectors.reasons` reads of an engine's configuration."""
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(
+            kv_offloading_size=1.0 if offloads else None, kv_offloading_backend="native"
+        ),
+        model_config=SimpleNamespace(is_hybrid=is_hybrid),
+        kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_the_cure_of_a_refused_connector_is_allowed(device):
+    [reason] = connectors.reasons(moving_kv(**EXAMPLE), device)
+    names = reason.rpartition("name one of ")[2].split(", ")
+    assert ("OffloadingConnector" in names) == (device == "cuda")
+    for name in names:
+        config = moving_kv(kv_connector=name, kv_role="kv_both")
+        assert list(connectors.reasons(config, device)) == []
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("transfer", [{"offloads": True}, EXAMPLE, NIXL])
+def test_hybrid_models_keep_their_kv_where_it_is(device, transfer):
+    """The cure names no connector, since none was tried with them."""
+    *_, reason = connectors.reasons(moving_kv(is_hybrid=True, **transfer), device)
+    assert "hybrid" in reason and "remove --kv-transfer-config" in reason
+    assert "name one of" not in reason
+    assert list(connectors.reasons(moving_kv(is_hybrid=True), device)) == []
 
 
 def test_the_documented_connectors_are_these():
