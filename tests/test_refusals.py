@@ -365,7 +365,7 @@ def moving_kv(*, is_hybrid: bool = False, offloads: bool = False, **transfer: An
     )
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_cure_of_a_refused_connector_is_allowed(device):
     [reason] = connectors.reasons(moving_kv(**EXAMPLE), device)
     names = reason.rpartition("name one of ")[2].split(", ")
@@ -375,7 +375,7 @@ def test_the_cure_of_a_refused_connector_is_allowed(device):
         assert list(connectors.reasons(config, device)) == []
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("transfer", [{"offloads": True}, EXAMPLE, NIXL])
 def test_hybrid_models_keep_their_kv_where_it_is(device, transfer):
     """The cure names no connector, since none was tried with them."""

@@ -56,10 +56,6 @@ OFFLOADING_SPECS = {"CPUOffloadingSpec": ("cuda",)}
 """Where the OffloadingConnector may put blocks, and on which devices vLLM does so. Tiers behind
 host memory (TieringOffloadingSpec) outlive the engine, and their keys do not tell scores apart."""
 
-PROVEN_ON = ("cpu",)
-"""Devices on which bounds were seen to arrive with their keys (`tests/test_offloading.py`,
-`tests/test_nixl.py`). Other devices refuse all connectors until these tests have run there."""
-
 
 @dataclass(frozen=True)
 class Connector:
@@ -77,12 +73,6 @@ def reasons(vllm_config: "VllmConfig", device: str) -> Iterator[str]:
     """Why QUEST cannot have its KV cache moved as configured, and the cure; nothing if it can."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     connectors = list(configured(vllm_config.kv_transfer_config))
-    if device not in PROVEN_ON and (connectors or cache.kv_offloading_size is not None):
-        yield (
-            f"moving the KV cache was not tried with QUEST's bounds on {device} devices; remove "
-            "--kv-transfer-config and --kv-offloading-size"
-        )
-        return
     if cache.kv_offloading_size is not None:
         # vLLM names the connector later (VllmConfig._post_init_kv_transfer_config).
         if cache.kv_offloading_backend != "native":
