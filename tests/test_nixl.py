@@ -27,7 +27,7 @@ from engines import (
     write_model,
     write_weights,
 )
-from test_server import serve
+from test_server import free_port, serve
 
 pytest.importorskip("nixl", reason="needs the package nixl")
 if ON_GPU and torch.cuda.device_count() < 2:
@@ -88,7 +88,8 @@ def start(
         "--max-num-batched-tokens": CHUNK_TOKENS,
         "--max-model-len": "2048",
         "--block-size": "128",
-        "--gpu-memory-utilization": "0.3",
+        "--gpu-memory-utilization": "0.15" if ON_GPU else "0.9",
+        "--kv-cache-memory-bytes": str(1 << 28),
         "--dtype": "bfloat16" if ON_GPU else "float32",
     }
     flags = ["--skip-tokenizer-init", "--enforce-eager", "--no-enable-prefix-caching"]
@@ -96,13 +97,13 @@ def start(
         options["--additional-config"] = json.dumps({"quest": quest})
         options["--worker-extension-cls"] = "checked_bounds.Extension"
     env = {
-        "CUDA_VISIBLE_DEVICES": str(gpu),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[gpu],
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         ),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + gpu),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
         "VLLM_SERVER_DEV_MODE": "1",
     }
     log = folder / f"{role}-{gpu}.log"

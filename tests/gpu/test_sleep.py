@@ -32,21 +32,16 @@ def model(tmp_path_factory):
     return write_weights(write_model(tmp_path_factory.mktemp("llama")))
 
 
-@pytest.fixture(params=["V2", "V1"])
-def runner(request, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if request.param == "V2" else "0")
-    # vLLM's allocator of memory that can sleep serves one engine per process.
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-
-
 def counts(llm: LLM) -> list[int]:
     return vllm_quest.stats(llm).values()
 
 
-@pytest.mark.usefixtures("runner")
-@pytest.mark.parametrize("level", [1, 2])
-def test_answers_and_counters_survive(model, level):
-    """Twice, as reinforcement learning does at every step: weights first, then the KV cache."""
+@pytest.mark.parametrize("runner", ["V2", "V1"])
+def test_answers_and_counters_survive(model, monkeypatch, runner):
+    """As in reinforcement learning at every step: weights wake first, then the KV cache."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "V2" else "0")
+    # vLLM's allocator of memory that can sleep serves one engine per process.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     prompts = random_prompts(LENGTHS)
     params = [
         greedy(24, extra_args=None if budget is None else {"quest_token_budget": budget})
@@ -59,7 +54,7 @@ def test_answers_and_counters_survive(model, level):
         counted = counts(llm)
         of_a_run = [b - a for a, b in zip(at_start, counted, strict=True)]
         assert all(of_a_run)
-        for _ in range(2):
+        for level in (1, 2, 1, 2):
             llm.sleep(level=level)
             assert counts(llm) == counted
             llm.wake_up(tags=["weights"])
@@ -74,8 +69,9 @@ def test_answers_and_counters_survive(model, level):
 def test_a_server_sleeps_and_wakes(model):
     settings = json.dumps({"quest": QUEST})
     options = ["--attention-backend", "QUEST", "--additional-config", settings]
+    options += ["--compilation-config", json.dumps(GRAPHS)]
     flags = ["--enable-sleep-mode", "--skip-tokenizer-init", "--dtype", "bfloat16"]
-    memory = ["--gpu-memory-utilization", "0.3"]
+    memory = ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(1 << 30)]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
     prompt = random_prompts([700])[0]["prompt_token_ids"]
 
