@@ -63,7 +63,7 @@ def let_stores_end(llm: Any) -> None:
     """Stores are begun by the step after the one that computed the blocks, and seen by another."""
     for _ in range(3):
         first_token_ms(llm, [5])
-        time.sleep(2)
+        time.sleep(1)
 
 
 def hits(llm: Any) -> int:
