@@ -127,12 +127,11 @@ def _connector_reasons(connector: Connector, device: str) -> Iterator[str]:
         yield from _offloading_reasons(settings, device)
     elif name in OFFLOADING and device != "cuda":
         yield f"vLLM offloads the KV cache of GPUs alone; {cure(device)}"
-    elif name in NIXL:
-        if not settings.get("enforce_handshake_compat", True):
-            yield (
-                f"enforce_handshake_compat of the {name} is false, and engines with other blocks "
-                "would go unnoticed; remove it from kv_connector_extra_config"
-            )
+    elif name in NIXL and not settings.get("enforce_handshake_compat", True):
+        yield (
+            f"enforce_handshake_compat of the {name} is false, and engines with other blocks "
+            "would go unnoticed; remove it from kv_connector_extra_config"
+        )
 
 
 def _offloading_reasons(settings: Mapping[str, Any], device: str) -> Iterator[str]:
