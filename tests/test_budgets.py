@@ -89,14 +89,17 @@ def test_budgets_follow_their_requests(model, monkeypatch, v2_runner):
     ]
     seen = []
 
-    def sparse_decode(query, kv_cache, rows, *rest, **settings):
-        # Position 0 has no rotation, so the first key of a request depends on its mark alone.
-        marks = kv_cache[rows.block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
-        seen.extend(zip(marks, rows.budget_pages.tolist(), strict=True))
-        compiled(query, kv_cache, rows, *rest, **settings)
+    def watched(compiled):
+        def decode(query, kv_cache, rows, *rest, **settings):
+            # Position 0 has no rotation, so the first key of a request depends on its mark alone.
+            marks = kv_cache[rows.block_table[:, 0].long(), :, 0].flatten(1).float().cpu()
+            seen.extend(zip(marks, rows.budget_pages.tolist(), strict=True))
+            compiled(query, kv_cache, rows, *rest, **settings)
 
-    compiled = ops.sparse_decode
-    monkeypatch.setattr(ops, "sparse_decode", sparse_decode)
+        return decode
+
+    for name in ("sparse_decode", "cluster_decode"):
+        monkeypatch.setattr(ops, name, watched(getattr(ops, name)))
     quest = {"dense_layers": 0, "token_budget": 64}
     options = {"max_num_seqs": 7, "max_num_batched_tokens": 256, "max_model_len": 1024}
     with engine(

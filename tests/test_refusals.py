@@ -184,7 +184,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
         ["--decode-context-parallel-size"],
     ),
-    "head size": ({"head_dim": 32}, {}, ["head size is 32", "64, 80, 96, 128, 256"]),
+    "head size": (
+        {"head_dim": 32},
+        {},
+        ["head size is 32", "64, 96, 128, 256" if ON_GPU else "64, 80, 96, 128, 256"],
+    ),
     "quantised KV cache": (
         {},
         {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
@@ -243,6 +247,8 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize("what", REFUSALS)
 def test_it_is_refused_with_a_cure(tmp_path, what):
     shape, options, words = REFUSALS[what]
+    if ON_GPU and options.get("tensor_parallel_size", 1) > torch.cuda.device_count():
+        pytest.skip("vLLM itself refuses: too few GPUs")
     message = refusal(write_model(tmp_path, **shape), **options)
     lines = [line for line in message.splitlines() if "QUEST" in line or "quest" in line]
     assert len(lines) == 1, message
