@@ -33,7 +33,11 @@ Cells = dict[str, str]
 FULL = -1
 """The token budget of full attention."""
 
-MODELS = {"8b": "Llama-3-8B, 32/8 heads", "7b": "Llama-2-7B, 32/32 heads"}
+MODELS = {
+    "8b": "Llama-3-8B, 32/8 heads",
+    "7b": "Llama-2-7B, 32/32 heads",
+    "70b": "Llama-3-70B, 64/8 heads",
+}
 TRAINED = {"vllm_quest/demo_model": "bundled", "second_model": "second"}
 FILLERS = {"sentences": "sentences", "words": "random words", "text": "Python sources"}
 METHODS = {
@@ -124,6 +128,44 @@ def whole_models(result: Result) -> Iterable[Cells]:
             "QUEST (ms)": _ms(row["QUEST ms"]),
             "speed-up": f"{row['speed']:.2f}x",
         }
+
+
+def scaling(*results: Result) -> Iterable[Cells]:
+    """Of `gpu_serving.py --tensor-parallel --random-kv`: a decode step by the number of GPUs."""
+    rows = [row for result in results for row in result["rows"]]
+    models = list(MODELS)
+    for row in sorted(
+        rows, key=lambda row: (models.index(row["model"]), row["context"], row["gpus"])
+    ):
+        yield {
+            "model": MODELS[row["model"]],
+            "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
+            "GPUs": str(row["gpus"]),
+            "FLASH_ATTN (ms)": _or_dash(row["FLASH_ATTN ms"], _ms),
+            "QUEST (ms)": _or_dash(row["QUEST ms"], _ms),
+            "speed-up": _or_dash(row["speed"], "{:.2f}x".format),
+            "FLASH_ATTN (tokens/s)": _or_dash(row["FLASH_ATTN tok/s"], "{:.0f}".format),
+            "QUEST (tokens/s)": _or_dash(row["QUEST tok/s"], "{:.0f}".format),
+            "attention, FLASH_ATTN": _or_dash(row["FLASH_ATTN attention"], "{:.0%}".format),
+            "attention, QUEST": _or_dash(row["QUEST attention"], "{:.0%}".format),
+        }
+
+
+def first_tokens(result: Result) -> Iterable[Cells]:
+    """Of `offload.py`: the time to the first token by where the prompt's blocks are."""
+    for row in result["rows"]:
+        yield {
+            "backend": row["backend"],
+            "prompt (tokens)": in_k(row["context"]),
+            "prefilled (ms)": _ms(row["prefilled ms"]),
+            "from the GPU's cache (ms)": _ms(row["on the GPU ms"]),
+            "from host memory (ms)": _ms(row["on the host ms"]),
+        }
+
+
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    """A number, or a dash where a case did not fit the GPU."""
+    return "-" if value is None else text(value)
 
 
 def layers(result: Result) -> Iterable[Cells]:
@@ -489,7 +531,18 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, layers, budgets, captures, coded, prefills, cpu_models, cpu_stages),
+        *(
+            whole_models,
+            scaling,
+            first_tokens,
+            layers,
+            budgets,
+            captures,
+            coded,
+            prefills,
+            cpu_models,
+            cpu_stages,
+        ),
         *(accuracy, by_context, choices, smallest_budgets, countings, scores, page_scores),
     )
 }

@@ -5,7 +5,17 @@ import re
 
 import pytest
 
-from benchmarks.tables import DOCUMENTS, FULL, MARKED, RENDERERS, ROOT, accuracy, markdown, render
+from benchmarks.tables import (
+    DOCUMENTS,
+    FULL,
+    MARKED,
+    RENDERERS,
+    ROOT,
+    accuracy,
+    markdown,
+    render,
+    scaling,
+)
 
 TABLE = re.compile(r"(?:^|\n)([^|\n][^\n]*|)\n((?:\|[^\n]*\n)+)")
 """A table, with the line above it."""
@@ -100,6 +110,18 @@ def test_quest_is_named_by_what_it_keeps(quest, kept, name):
     result = {"settings": settings | ({"kept": kept} if kept else {}), "rows": [row]}
     (cells,) = accuracy(result, task="key_value", context="64", dense="0")
     assert name in cells.values()
+
+
+def test_a_case_that_did_not_fit_is_a_dash():
+    """And rows stand by model, context and GPUs, whatever the order of their files."""
+    numbers = ("FLASH_ATTN ms", "QUEST ms", "speed", "FLASH_ATTN tok/s", "QUEST tok/s")
+    case = {"model": "8b", "requests": 8, "context": 65536}
+    case |= dict.fromkeys((*numbers, "FLASH_ATTN attention", "QUEST attention"), 0.5)
+    lacking = case | dict.fromkeys(numbers) | {"gpus": 1, "QUEST attention": None}
+    first, second = scaling({"rows": [case | {"gpus": 4}]}, {"rows": [lacking]})
+    assert [first["GPUs"], second["GPUs"]] == ["1", "4"]
+    assert first["QUEST (ms)"] == first["attention, QUEST"] == "-"
+    assert second["QUEST (ms)"] == "0.50" and second["attention, QUEST"] == "50%"
 
 
 def test_markdown():
