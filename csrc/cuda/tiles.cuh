@@ -22,13 +22,17 @@ constexpr int kWarpsFor = kHeadSize <= 128 ? 8 : 4;
 // parts, which costs up to a quarter of the throughput. See DESIGN.md, "Lines of 128 bytes".
 constexpr int kLineBytes = 128;
 
+// The 16 bytes of a row that lane 4 * r + c loads j-th. As an expression of its callers, ptxas 13.0
+// assigns other registers.
+__device__ constexpr int line_vec(int j, int c) { return j * 4 + c; }
+
 // The vector of 8 elements, in a key or in half of a page's bounds, that lane 4 * r + c multiplies
 // j-th, of kVecs. Fragments of the matrix product hold permuted columns. The query is loaded with
 // the same permutation, so q·k is unchanged. A lane loads 16 bytes at once, which are two vectors
 // of fp8; where their number is odd, the last is alone.
 template <typename Stored, int kVecs>
 __device__ constexpr int vec_of(int j, int c) {
-  if (!kIsFp8<Stored> || (kVecs % 2 != 0 && j == kVecs - 1)) return j * 4 + c;
+  if (!kIsFp8<Stored> || (kVecs % 2 != 0 && j == kVecs - 1)) return line_vec(j, c);
   return j / 2 * 8 + 2 * c + j % 2;
 }
 
@@ -40,14 +44,15 @@ __device__ __forceinline__ void load_two(const unsigned char* row, int j, int c,
                                          Vec (&two)[2]) {
   const auto* vecs = reinterpret_cast<const Vec*>(row);
   if (kVecs % 2 == 0 || j + 1 < kVecs) {
-    const Vec first = vecs[(j + is_swapped) * 4 + c], second = vecs[(j + !is_swapped) * 4 + c];
+    const Vec first = vecs[line_vec(j + is_swapped, c)],
+              second = vecs[line_vec(j + !is_swapped, c)];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       two[0].word[w] = is_swapped ? second.word[w] : first.word[w];
       two[1].word[w] = is_swapped ? first.word[w] : second.word[w];
     }
   } else {
-    two[0] = vecs[j * 4 + c];
+    two[0] = vecs[line_vec(j, c)];
   }
 }
 
@@ -81,7 +86,7 @@ class RowVecs<Fp8, kVecs> {
     } else if (kAtOnce == 4) {
       load_two<kVecs / 2>(row, j / 2, c, is_swapped, two_);
     } else {
-      two_[0] = reinterpret_cast<const Vec*>(row)[j / 2 * 4 + c];
+      two_[0] = reinterpret_cast<const Vec*>(row)[line_vec(j / 2, c)];
     }
   }
   __device__ __forceinline__ Vec vec(int k) const {
