@@ -26,12 +26,13 @@ demo: env
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto --dist loadfile
 
+OPERATOR_TESTS := $(addprefix tests/gpu/test_,cuda_ops.py cluster_decode.py codes_on_gpu.py cuda_counters.py)
+
 # More threads than cores make the reference crawl under these tools.
 sanitize: $(VENV)/.dev
 	for tool in memcheck racecheck initcheck; do \
 		OMP_NUM_THREADS=2 compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(BIN)/python -m pytest -q --noconftest tests/gpu --ignore tests/gpu/test_graphs.py \
-			--ignore tests/gpu/test_recipes_on_gpu.py \
+			$(BIN)/python -m pytest -q --noconftest $(OPERATOR_TESTS) \
 			-m "not large" || exit 1; \
 	done
 

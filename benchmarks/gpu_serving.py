@@ -4,13 +4,19 @@
     python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
     python benchmarks/gpu_serving.py --backends FLASH_ATTN FLASHINFER QUEST
     python benchmarks/gpu_serving.py --cases 8b:8x32768 --scores minmax codes --budgets 512 2048
+    python benchmarks/gpu_serving.py --tensor-parallel 4 --random-kv --cases 70b:8x65536
 
-Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads) and Llama-2-7B (32 and 32),
-bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding. For each case all
-requests are prefilled; then the median time of a decode step over all of them is taken. A case's
-tokens are those that a request has at the end: 2048 fit the default budget, 2304 are beyond it.
+Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads), Llama-2-7B (32 and 32) and
+Llama-3-70B (64 and 8), bf16. Every engine runs vLLM's V2 runner with full CUDA graphs for decoding.
+For each case all requests are prefilled; then the median time of a decode step over all of them is
+taken. A case's tokens are those that a request has at the end: 2048 fit the default budget, 2304
+are beyond it.
 
 Each score of QUEST has an engine, whose budget is the largest; requests name their own.
+
+With `--random-kv` keys and values are random numbers, which saves the prefill of all layers but the
+first. The columns attention then say which share of a step is due to the context: what it takes
+longer than a step of as many requests over 256 tokens.
 """
 
 import argparse
@@ -50,6 +56,15 @@ LLAMA = {
 MODELS: dict[str, dict[str, Any]] = {
     "8b": LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
     "7b": LLAMA | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "70b": LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 80,
+        "vocab_size": 128256,
+    },
 }
 CASES = (
     "8b:1x2048",
@@ -62,6 +77,10 @@ CASES = (
 )
 
 
+BASE_TOKENS = 256
+"""A context that attention takes next to no time for."""
+
+
 def parse_case(case: str) -> tuple[str, int, int]:
     """`8b:4x122880` is the model 8b, 4 requests, 122880 tokens each, prompt and output."""
     model, _, shape = case.partition(":")
@@ -71,23 +90,38 @@ def parse_case(case: str) -> tuple[str, int, int]:
     return model, int(requests), int(context)
 
 
-def start(folder: str, backend: str, quest: dict[str, Any], cases: list[tuple[int, int]]):
+def start(
+    folder: str,
+    backend: str,
+    quest: dict[str, Any],
+    cases: list[tuple[int, int]],
+    *,
+    num_gpus: int,
+    memory: float,
+    random_kv: bool,
+):
     """An engine of a backend; `quest` holds the settings of QUEST's."""
     from vllm import LLM
 
-    return LLM(
+    llm = LLM(
         folder,
         attention_backend=backend,
+        tensor_parallel_size=num_gpus,
         load_format="dummy",
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         max_model_len=max(context for _, context in cases),
         max_num_seqs=max(16, *(requests for requests, _ in cases)),
         max_num_batched_tokens=8192,
-        gpu_memory_utilization=0.9,
+        gpu_memory_utilization=memory,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         **({"additional_config": {"quest": quest}} if backend == "QUEST" else {}),
+        **({"worker_extension_cls": "random_kv.Extension"} if random_kv else {}),
     )
+    if random_kv:
+        llm.collective_rpc("make_up_kv_cache")
+        llm.collective_rpc("prefill_one_layer")
+    return llm
 
 
 def decode_step_ms(
@@ -144,9 +178,16 @@ def main() -> None:
     parser.add_argument(
         "--scores", nargs="+", choices=SCORES, default=["minmax"], help="QUEST's (minmax)"
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs per model (1)")
+    parser.add_argument(
+        "--memory", type=float, default=0.9, metavar="SHARE", help="of each GPU, for vLLM (0.9)"
+    )
+    parser.add_argument("--random-kv", action="store_true", help="make up keys and values")
     parser.add_argument("--tokens", type=int, default=72, help="output tokens to time (72)")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
+    if arguments.random_kv and arguments.scores != ["minmax"]:
+        parser.error("--random-kv makes up the bounds of minmax alone; name no other --scores")
     for model, requests, context in arguments.cases:
         if context <= arguments.tokens:
             parser.error(
@@ -172,7 +213,21 @@ def main() -> None:
             shapes = [tuple(shape) for name, *shape in arguments.cases if name == model]
             for backend, score in engines:
                 quest = {"token_budget": max(arguments.budgets), "score": score}
-                llm = start(folder, backend, quest, shapes)
+                llm = start(
+                    folder,
+                    backend,
+                    quest,
+                    shapes,
+                    num_gpus=arguments.tensor_parallel,
+                    memory=arguments.memory,
+                    random_kv=arguments.random_kv,
+                )
+                if arguments.random_kv:
+                    for requests in {requests for requests, _ in shapes}:
+                        case = (model, requests, BASE_TOKENS, backend, score, None)
+                        step_ms[case] = decode_step_ms(
+                            llm, requests, BASE_TOKENS, arguments.tokens, None
+                        )
                 for (requests, context), budget in itertools.product(shapes, budgets_of[score]):
                     progress.set_description(
                         " ".join(map(str, filter(None, (backend, score, budget))))
@@ -198,6 +253,7 @@ def main() -> None:
         rows.append(
             {
                 "model": model,
+                "gpus": arguments.tensor_parallel,
                 "requests": requests,
                 "context": context,
                 "score": score,
@@ -207,6 +263,12 @@ def main() -> None:
                 "speed": ratio(first, last),
             }
         )
+        for name in arguments.backends if arguments.random_kv else ():
+            score_of = settings.get(name, (None, None))[0]
+            base = ratio(
+                step_ms[model, requests, BASE_TOKENS, name, score_of, None], times_ms[name]
+            )
+            rows[-1][f"{name} attention"] = None if base is None else 1 - base
     print_table(rows)
     write_json(arguments.json, rows)
 

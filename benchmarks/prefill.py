@@ -1,4 +1,4 @@
-"""Times what QUEST adds to one layer's prefill on a GPU: the bounds, which the cache write takes.
+"""Times what QUEST adds to one layer's prefill on a GPU: bounds or codes, which the write makes.
 
 Beside it the same layer as vLLM's FLASH_ATTN has it: its cache write, and FlashAttention 3. Each
 time is the median over replays of a CUDA graph that visits several layers in turn. The chunk's
@@ -6,12 +6,13 @@ queries, keys and values are views of one product, as in a model.
 
     python benchmarks/prefill.py
     python benchmarks/prefill.py --cases 1x8K@512K 1x2K/32/32 --json result.json
+    python benchmarks/prefill.py --score codes
 """
 
 import argparse
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gpu_timing import DEVICE, free_memory, time_us
 from kernels import Case, Layer, in_k, is_close, layers_for, parse_tokens
 from report import print_as_measured, print_machine, write_json
 from vllm_quest import ops
+from vllm_quest.config import SCORES
 
 CASES = "1x128 1x512 1x2K 4x2K 1x8K 1x8K@32K 1x8K@128K 1x2K/32/32 1x8K/32/32"
 DENSE_BLOCK_TOKENS = 16  # FLASH_ATTN's
@@ -116,8 +118,15 @@ class QuestLayer:
 
     def write(self) -> None:
         prefill, kv_cache = self.prefill, self.layer.kv_cache
-        page_size = prefill.chunk.cache.page_size
-        ops.write_kv(prefill.key, prefill.value, kv_cache, self.slots, page_size=page_size)
+        case = prefill.chunk.cache
+        ops.write_kv(
+            prefill.key,
+            prefill.value,
+            kv_cache,
+            self.slots,
+            page_size=case.page_size,
+            score=case.score,
+        )
 
     def attend(self) -> None:
         prefill = self.prefill
@@ -154,6 +163,7 @@ def run(chunk: Chunk) -> dict[str, Any]:
         raise RuntimeError(f"{chunk}: QUEST's output differs from FLASH_ATTN's")
     return {
         "requests x chunk, heads": str(chunk),
+        "score": chunk.cache.score,
         "FLASH_ATTN write µs": dense_write,
         "QUEST write µs": quest_write,
         "FLASH_ATTN attention µs": dense_attend,
@@ -203,13 +213,17 @@ def main() -> None:
         help="tokens prefilled in one step for each request, and the context that they end "
         f"(default: {CASES})",
     )
+    parser.add_argument(
+        "--score", choices=SCORES, default="minmax", help="what the write makes for each page"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/prefill.py needs a GPU")
     torch.manual_seed(0)
     print_machine()
-    rows = print_as_measured(map(run, args.cases))
+    chunks = [replace(chunk, cache=replace(chunk.cache, score=args.score)) for chunk in args.cases]
+    rows = print_as_measured(map(run, chunks))
     write_json(args.json, rows)
 
 

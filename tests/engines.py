@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
 VOCABULARY = 512
 ON_GPU = torch.cuda.is_available()
@@ -146,11 +146,15 @@ def answers(
     **options: Any,
 ) -> list[Answer]:
     """What `agree` compares; the sampling parameters must ask for two log probabilities."""
-    outputs = llm.generate(prompts, params, use_tqdm=False, **options)
-    results = [output.outputs[0] for output in outputs]
+    return answers_of(llm.generate(prompts, params, use_tqdm=False, **options))
+
+
+def answers_of(results: Sequence[RequestOutput]) -> list[Answer]:
+    """The same, of requests that were run."""
+    outputs = [result.outputs[0] for result in results]
     return [
         Answer(tuple(output.token_ids), tuple(map(_lead, output.logprobs or ())))
-        for output in results
+        for output in outputs
     ]
 
 

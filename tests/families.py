@@ -1,7 +1,7 @@
 """The shapes of decoder families: what people serve, with few layers and small matrices."""
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Family:
     def config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}
         return COMMON | names | self.values
+
+    def extended(self, **values: Any) -> "Family":
+        """The family with more in its `config.json`."""
+        return replace(self, values=self.values | values)
 
 
 COMMON = {

@@ -73,7 +73,7 @@ def random_rows(length=200, steps=8):
 def test_full_attention_in_steps_is_the_models_own(name, tokens, request) -> None:
     model = request.getfixturevalue(name)
     text = model.read(tokens[:TEXT].tolist())
-    found = model.decode(text, tokens[None, TEXT:], None, 0)[0]
+    found = model.decode(text, tokens[None, TEXT:], None, 0).logits[0]
     own = model._model.__class__.from_pretrained(
         model._model.config._name_or_path, attn_implementation="eager"
     )
@@ -87,21 +87,23 @@ def test_full_attention_in_steps_is_the_models_own(name, tokens, request) -> Non
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_covering_budget_is_full_attention(llama, tokens, method) -> None:
     text = llama.read(tokens[:TEXT].tolist())
-    full = llama.decode(text, tokens[None, TEXT:], None, 0)
-    torch.testing.assert_close(llama.decode(text, tokens[None, TEXT:], method, 512), full)
+    full = llama.decode(text, tokens[None, TEXT:], None, 0).logits
+    if method.held is None:
+        covering = llama.decode(text, tokens[None, TEXT:], method, 512).logits
+        torch.testing.assert_close(covering, full)
     if method.name != "oracle mass, p8 +25":  # on random weights it may choose all that counts
-        assert not torch.allclose(llama.decode(text, tokens[None, TEXT:], method, 160), full)
+        assert not torch.allclose(llama.decode(text, tokens[None, TEXT:], method, 160).logits, full)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_steps_at_once_are_steps_one_by_one(llama, tokens, method) -> None:
     """A step does not see what comes later, nor do its scores."""
     text = llama.read(tokens[:TEXT].tolist())
-    together = llama.decode(text, tokens[None, TEXT:], method, 160)
-    shorter = llama.decode(text, tokens[None, TEXT : TEXT + 9], method, 160)
+    together = llama.decode(text, tokens[None, TEXT:], method, 160).logits
+    shorter = llama.decode(text, tokens[None, TEXT : TEXT + 9], method, 160).logits
     torch.testing.assert_close(shorter, together[:, :9], atol=1e-4, rtol=1e-4)
     other = torch.cat((tokens[TEXT : TEXT + 9], tokens[: STEPS - 9]))
-    streams = llama.decode(text, torch.stack((other, tokens[TEXT:])), method, 160)
+    streams = llama.decode(text, torch.stack((other, tokens[TEXT:])), method, 160).logits
     torch.testing.assert_close(streams[0, :9], together[0, :9], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(streams[1], together[0], atol=1e-4, rtol=1e-4)
 
@@ -160,6 +162,29 @@ def test_what_is_kept_is_within_the_budget() -> None:
         chosen_pages(best, rows, page_tokens=16, token_budget=16, keep=keep)
     nothing = chosen_pages(best, rows, page_tokens=16, token_budget=16, keep=Keep())
     assert nothing.sum() == nothing.gather(-1, newest.expand(2, 2, -1)[..., None]).sum()
+
+
+def test_pages_are_chosen_until_a_share_is_held() -> None:
+    """The fewest pages of those that rank highest; and those kept, which count."""
+    rows = make_rows(torch.randn(1, 1, 1, 16), torch.randn(1, 1, 128, 16), 0.25, 127)
+    shares = torch.tensor([0.05, 0.4, 0.01, 0.3, 0.02, 0.17, 0.02, 0.03])
+    chosen = {}
+    for held in (0.03, 0.5, 0.9, 1.0):
+        for token_budget in (64, 128):
+            pages = chosen_pages(
+                shares.log().expand(1, 1, 1, 8),
+                rows,
+                page_tokens=16,
+                token_budget=token_budget,
+                keep=Keep(first_page=True),
+                held=held,
+            )
+            chosen[held, token_budget] = pages.flatten().nonzero().flatten().tolist()
+    assert chosen[0.03, 128] == [0, 7]
+    assert chosen[0.5, 128] == [0, 1, 3, 7]
+    assert chosen[0.9, 128] == [0, 1, 3, 5, 7]
+    assert chosen[0.9, 64] == [0, 1, 3, 7]
+    assert chosen[1.0, 128] == list(range(8))
 
 
 def test_the_true_mass_holds_the_most_attention() -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from vllm.exceptions import VLLMValidationError
@@ -29,7 +31,7 @@ from engines import (
     token_ids,
 )
 from families import FAMILIES, random_weights
-from vllm_quest import stats
+from vllm_quest import metadata, stats
 
 LENGTHS = [5, 130, 280]
 """Tokens: below a page, and beyond a block, a window and a chunk of prefill."""
@@ -42,13 +44,15 @@ QUEST = {"token_budget": 32, "dense_layers": 1}
 OPTIONS = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 4}
 COVERING = greedy(NUM_TOKENS, extra_args={"quest_token_budget": -1})
 
+GPU = pytest.mark.gpu
+
 TABLE = [
     pytest.param(
         name,
         id=name,
         marks=[
             *([] if family.in_ci else [pytest.mark.families]),
-            *([pytest.mark.gpu] if family.needs_gpu else []),
+            *([GPU] if family.needs_gpu else []),
             pytest.mark.skipif(bool(family.needs_gpu) and not ON_GPU, reason=family.needs_gpu),
         ],
     )
@@ -76,6 +80,7 @@ def write_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_family(name, write_family, monkeypatch):
     """A covering budget gives the dense tokens, and a small one reads less, as specified."""
     family = FAMILIES[name]
+    monkeypatch.setattr(metadata, "logger", log := Mock())
     if family.options.get("dtype") == "bfloat16":
         monkeypatch.setattr(engines, "NEAR_TIE", BF16_NEAR_TIE)
     model, options = write_family(name), OPTIONS | family.options
@@ -94,6 +99,7 @@ def test_a_family(name, write_family, monkeypatch):
     rows = 2 * (NUM_TOKENS - 1)
     assert small.sparse_rows == rows * family.sparse_layers * num_kv_heads
     assert (checked.decodes > 0) == (family.sparse_layers > 0)
+    assert log.warning_once.called == (family.sparse_layers == 0)
 
 
 def backends(llm) -> dict[str, int]:
@@ -102,14 +108,30 @@ def backends(llm) -> dict[str, int]:
     return Counter(layer.backend.name for layer in layers if isinstance(layer, Attention))
 
 
-@pytest.mark.parametrize("block_size", [128, 96])
-def test_a_hybrid_with_cached_prefixes(block_size, write_family):
+def on_gpus(*values: Any) -> Any:
+    """Values of a test's parameters that run on GPUs alone."""
+    skipped = pytest.mark.skipif(not ON_GPU, reason="LFM2 stands for hybrids on CPUs")
+    return pytest.param(*values, id="-".join(map(str, values)), marks=[GPU, skipped])
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [
+        ("LFM2", 128),
+        ("LFM2", 96),
+        on_gpus("Qwen3-Next", 192),
+        on_gpus("Qwen3.5", 192),
+        on_gpus("Nemotron-H", 96),
+    ],
+)
+def test_a_hybrid_with_cached_prefixes(name, block_size, write_family):
     """States of other layers are cached beside QUEST's pages, in blocks of a size that fits both.
 
-    Dense attention runs with the same cache, because vLLM 0.32 on CPUs answers LFM2 otherwise with
-    prefix caching in blocks of 96 tokens than without, with dense attention too.
+    vLLM calls this the mamba cache mode "align". Dense attention runs with the same cache, because
+    vLLM 0.32 on CPUs answers LFM2 otherwise with prefix caching in blocks of 96 tokens than
+    without, with dense attention too.
     """
-    model, prompts = write_family("LFM2"), random_prompts([300])
+    model, prompts = write_family(name), random_prompts([300])
     options = OPTIONS | {"enable_prefix_caching": True, "block_size": block_size}
     with engine(model, backend=DENSE, **options) as llm:
         dense = [answers(llm, prompts, greedy(NUM_TOKENS)) for _ in range(2)]
@@ -119,10 +141,10 @@ def test_a_hybrid_with_cached_prefixes(block_size, write_family):
     assert all(map(agree, dense, ours))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="vLLM's V2 model runner needs a GPU")
-def test_a_hybrid_under_the_v2_runner(write_family, monkeypatch):
-    model, prompts = write_family("LFM2"), random_prompts(LENGTHS)
+@pytest.mark.parametrize("name", [on_gpus("LFM2"), on_gpus("Qwen3-Next"), on_gpus("Qwen3.5")])
+def test_a_hybrid_under_the_v2_runner(name, write_family, monkeypatch):
+    """It needs a GPU."""
+    model, prompts = write_family(name), random_prompts(LENGTHS)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with engine(model, backend=DENSE, **OPTIONS) as llm:
         dense = answers(llm, prompts, greedy(NUM_TOKENS))
@@ -137,12 +159,16 @@ def test_a_hybrid_under_the_v2_runner(write_family, monkeypatch):
     assert checked.decodes > 0
 
 
-def test_a_hybrid_in_blocks_of_three_pages(write_family):
-    model, prompts = write_family("LFM2"), random_prompts(LENGTHS)
+@pytest.mark.parametrize(
+    ("name", "block_size"), [("LFM2", 48), on_gpus("Qwen3-Next", 240), on_gpus("Qwen3.5", 240)]
+)
+def test_a_hybrid_in_blocks_of_any_size(name, block_size, write_family):
+    """Of an odd number of pages, without prefix caching: the mamba cache mode "none"."""
+    model, prompts = write_family(name), random_prompts(LENGTHS)
     options = OPTIONS | {"enable_prefix_caching": False}
     with engine(model, backend=DENSE, **options) as llm:
         dense = answers(llm, prompts, greedy(NUM_TOKENS))
-    with engine(model, quest=QUEST, block_size=48, **options) as llm:
+    with engine(model, quest=QUEST, block_size=block_size, **options) as llm:
         assert agree(dense, answers(llm, prompts, COVERING))
 
 

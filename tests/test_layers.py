@@ -1,6 +1,9 @@
 """Dense layers are the first full-attention layers of a model, whatever vLLM calls them."""
 
+from unittest.mock import Mock
+
 import pytest
+from vllm.config import VllmConfig
 
 import vllm_quest
 from engines import (
@@ -16,7 +19,8 @@ from engines import (
     write_model,
     write_weights,
 )
-from vllm_quest.layers import dense_layer_names, layer_numbers
+from vllm_quest import metadata
+from vllm_quest.layers import dense_layer_names, layer_numbers, why_nothing_is_sparse
 
 NUM_LAYERS = LLAMA["num_hidden_layers"]
 
@@ -57,8 +61,12 @@ def test_layers_of_any_name_are_served(tmp_path, name):
     assert sparse_rows == (NUM_LAYERS - 1) * dense_rows > 0
 
 
-def test_windowed_layers_have_no_number(tmp_path):
-    """As in Gemma 3, a model begins with windows: its first full-attention layers are dense."""
+def test_windowed_layers_have_no_number(tmp_path, monkeypatch):
+    """As in Gemma 3, a model begins with windows: its first full-attention layers are dense.
+
+    By default all that there are, which the log says.
+    """
+    monkeypatch.setattr(metadata, "logger", log := Mock())
     windows_first = {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -74,3 +82,11 @@ def test_windowed_layers_have_no_number(tmp_path):
         first, second = "model.layers.2.self_attn.attn", "model.layers.5.self_attn.attn"
         assert layer_numbers(config) == {first: 0, second: 1}
         assert dense_layer_names(config, 1) == {first}
+        assert why_nothing_is_sparse(config, 1) is None
+    message, reason = log.warning_once.call_args.args
+    assert "no decode step is sparse" in message
+    assert "'dense_layers'] is 2, and this model has 2 full-attention layers" in reason
+
+
+def test_a_model_without_full_attention_is_told_of():
+    assert "leave --attention-backend out" in why_nothing_is_sparse(VllmConfig(), 0)

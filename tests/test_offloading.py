@@ -26,6 +26,7 @@ from vllm_quest import connectors
 SPARSE = {"token_budget": 128, "dense_layers": 0}
 TINY_CACHE = {"num_gpu_blocks_override": 16, "max_model_len": 1024}
 """2048 tokens, in blocks of 128: two prompts of `PROMPTS` leave no room for a third."""
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 LENGTHS = [700, 641, 640, 900]
 HITS = "vllm:external_prefix_cache_hits"
 
@@ -76,21 +77,52 @@ def one_by_one(llm, prompts):
     return [answers(llm, [prompt], greedy(20))[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("chunk_tokens", [1024, 256])
-@pytest.mark.parametrize("connector", CONNECTORS)
-def test_blocks_come_back_with_their_bounds(model, connector, chunk_tokens):
-    """Prompts that end in a full block, one token behind it, and within it; in chunks or whole."""
-    prompts = random_prompts(LENGTHS)
-    options = TINY_CACHE | {"quest": SPARSE, "max_num_batched_tokens": chunk_tokens}
+def twice(llm, prompts):
+    """Answers while blocks are new, and once they were stored."""
+    return one_by_one(llm, prompts), one_by_one(llm, prompts)
+
+
+def same(stayed, moved) -> bool:
+    return all(agree(*runs) for runs in zip(stayed, moved, strict=True))
+
+
+FULL_BLOCKS = sum((length - 1) // 128 * 128 for length in LENGTHS)
+"""Tokens of the prompts' full blocks, but for the last token of each prompt, which is computed."""
+
+
+@pytest.fixture(scope="module", params=[1024, 256], ids="chunks of {}".format)
+def stayed(request, model):
+    """Options of an engine, and its answers where blocks never leave the cache for the host."""
+    options = TINY_CACHE | {"quest": SPARSE, "max_num_batched_tokens": request.param}
     with engine(model, **options) as llm:
-        stayed = one_by_one(llm, prompts)
+        return options, one_by_one(llm, random_prompts(LENGTHS))
+
+
+def comes_back(llm, expected):
+    """Ask twice: the first time fills host memory, the second takes from it."""
+    prompts = random_prompts(LENGTHS)
+    assert agree(expected, one_by_one(llm, prompts))
+    assert counter(llm, HITS) == 0
+    assert agree(expected, one_by_one(llm, prompts))
+    # Each prompt's full blocks, but one that ends in a full block computes its last anew.
+    assert counter(llm, HITS) >= sum((length - 1) // 128 * 128 for length in LENGTHS) / 2
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_blocks_come_back_with_their_bounds(model, stayed, connector):
+    """Prompts that end in a full block, one token behind it, and within it; in chunks or whole."""
+    options, expected = stayed
     with engine(model, **options, **CONNECTORS[connector]) as llm, check_bounds() as checked:
-        assert agree(stayed, one_by_one(llm, prompts))
-        assert counter(llm, HITS) == 0
-        assert agree(stayed, one_by_one(llm, prompts))
-        # Each prompt's full blocks, but one that ends in a full block computes its last anew.
-        assert counter(llm, HITS) >= sum((length - 1) // 128 * 128 for length in LENGTHS) / 2
+        comes_back(llm, expected)
         assert checked.pages > 2 * sum(LENGTHS) / 16
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CPUs have no CUDA graphs")
+def test_blocks_come_back_under_cuda_graphs(model, stayed):
+    options, expected = stayed
+    graphs = {"enforce_eager": False, "compilation_config": GRAPHS}
+    with engine(model, **options, **graphs, **CONNECTORS["OffloadingConnector"]) as llm:
+        comes_back(llm, expected)
 
 
 def test_bounds_that_were_lost_are_noticed(model, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm import EngineArgs
 from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.platforms import current_platform
@@ -19,10 +21,17 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
+from vllm_quest import connectors
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
-from vllm_quest.support import layer_reasons
+from vllm_quest.support import (
+    _group_reasons,
+    layer_reasons,
+    refuse_unsupported,
+    sink_head_reasons,
+)
 
+ROOT = Path(__file__).parents[1]
 MLA = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -107,6 +116,10 @@ def connector(name: str, module: str | None = None, **settings: Any) -> dict[str
     }
 
 
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+
+
 def in_multi(name: str, **settings: Any) -> dict[str, Any]:
     """The same, within a MultiConnector."""
     [child] = connector(name, **settings).values()
@@ -177,11 +190,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
         ["fp8", "set --kv-cache-dtype bfloat16"],
     ),
-    "another dtype for the KV cache": (
-        {},
-        {"kv_cache_dtype": "float16", "dtype": "bfloat16"},
-        ["--kv-cache-dtype is float16", "bfloat16", "set --kv-cache-dtype auto"],
-    ),
     "dual chunk attention": (
         DUAL_CHUNK,
         {},
@@ -202,7 +210,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "reference sliding window": ({"rswa_window": 64}, {}, ["reference", "--attention-backend"]),
     "page size": (
         {},
-        {"quest": {"page_size": 48}},
+        {"quest": {"page_size": 48}, "block_size": 128},
         ["'page_size'", "48", "block size of 128", "--block-size"],
     ),
     "unknown setting": ({}, {"quest": {"budget": 1}}, ["'budget'", "token_budget"]),
@@ -286,11 +294,57 @@ def test_sinks_are_served_where_flash_attention_takes_them(
         assert all(word in reasons[0] for word in words)
 
 
+MANY_SINK_HEADS = SINKS | {"num_attention_heads": 80, "num_key_value_heads": 8}
+MANY_SINK_WORDS = ["80 query heads", "sinks of 64", "--tensor-parallel-size", "TRITON_ATTN"]
+
+
+@pytest.mark.parametrize("num_heads", [64, 80])
+@pytest.mark.parametrize("flash_attn_version", [3, 4, None])
+def test_more_heads_with_sinks_than_flash_attention_3_takes_are_refused(
+    num_heads, flash_attn_version
+):
+    """CPU_ATTN has no such version, and no such limit."""
+    version = {} if flash_attn_version is None else {"vllm_flash_attn_version": flash_attn_version}
+    reasons = list(sink_head_reasons(num_heads, SimpleNamespace(**version)))
+    assert len(reasons) == (num_heads == 80 and flash_attn_version == 3)
+    for reason in reasons:
+        assert all(word in reason for word in MANY_SINK_WORDS)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="vLLM does not sleep on CPUs")
-def test_sleep_mode_is_refused(tmp_path):
-    message = refusal(write_model(tmp_path), enable_sleep_mode=True)
-    assert "--enable-sleep-mode" in message
+@pytest.mark.skipif(not ON_GPU, reason="CPU_ATTN takes sinks of any number of heads")
+@pytest.mark.usefixtures("no_weights")
+def test_many_heads_with_sinks_are_refused_before_weights_are_read(tmp_path):
+    message = refusal(write_model(tmp_path, **MANY_SINK_HEADS), dtype="bfloat16")
+    assert all(word in message for word in MANY_SINK_WORDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="the cure is a backend for GPUs")
+def test_many_heads_with_sinks_are_served_by_the_backend_that_the_refusal_names(tmp_path):
+    model = write_model(tmp_path, **MANY_SINK_HEADS)
+    (answer,) = generate(model, random_prompts([40]), greedy(4), backend="TRITON_ATTN")
+    assert len(answer.tokens) == 4
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_another_dtype_for_the_kv_cache_is_refused(tmp_path):
+    """By QUEST; from 0.33 on by vLLM itself."""
+    message = refusal(write_model(tmp_path), kv_cache_dtype="float16", dtype="bfloat16")
+    for word in ("--kv-cache-dtype", "float16", "bfloat16", "auto"):
+        assert word in message
+
+
+def test_a_block_size_that_vllm_has_yet_to_choose_is_not_refused(tmp_path):
+    """vLLM asks the backend for one: 0.32 on GPUs, 0.33 on CPUs too."""
+    options = EngineArgs(write_model(tmp_path), attention_backend="QUEST", skip_tokenizer_init=True)
+    config = options.create_engine_config()
+    config.additional_config = {"quest": {"page_size": 48}}
+    config.cache_config.block_size = config.cache_config.DEFAULT_BLOCK_SIZE
+    refuse_unsupported(config)
+    config.cache_config.user_specified_block_size = True
+    with pytest.raises(ValueError, match="block size of 16"):
+        refuse_unsupported(config)
 
 
 def test_each_connector_of_vllm_is_allowed_or_refused_with_a_reason():
@@ -298,6 +352,44 @@ def test_each_connector_of_vllm_is_allowed_or_refused_with_a_reason():
     known = WHOLE_BLOCKS.keys() | REFUSED.keys()
     assert not WHOLE_BLOCKS.keys() & REFUSED.keys()
     assert known == KVConnectorFactory._registry.keys()
+
+
+def moving_kv(*, is_hybrid: bool = False, offloads: bool = False, **transfer: Any) -> Any:
+    """What `connectors.reasons` reads of an engine's configuration."""
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(
+            kv_offloading_size=1.0 if offloads else None, kv_offloading_backend="native"
+        ),
+        model_config=SimpleNamespace(is_hybrid=is_hybrid),
+        kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cure_of_a_refused_connector_is_allowed(device):
+    [reason] = connectors.reasons(moving_kv(**EXAMPLE), device)
+    names = reason.rpartition("name one of ")[2].split(", ")
+    assert ("OffloadingConnector" in names) == (device == "cuda")
+    for name in names:
+        config = moving_kv(kv_connector=name, kv_role="kv_both")
+        assert list(connectors.reasons(config, device)) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("transfer", [{"offloads": True}, EXAMPLE, NIXL])
+def test_hybrid_models_keep_their_kv_where_it_is(device, transfer):
+    """The cure names no connector, since none was tried with them."""
+    *_, reason = connectors.reasons(moving_kv(is_hybrid=True, **transfer), device)
+    assert "hybrid" in reason and "remove --kv-transfer-config" in reason
+    assert "name one of" not in reason
+    assert list(connectors.reasons(moving_kv(is_hybrid=True), device)) == []
+
+
+def test_the_documented_connectors_are_these():
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (allowed|refused) \| (.*) \|$", text, re.MULTILINE)
+    allowed = [(name, "allowed", reason) for name, reason in WHOLE_BLOCKS.items()]
+    assert rows == allowed + [(name, "refused", reason) for name, reason in REFUSED.items()]
 
 
 def test_an_unsupported_vllm_is_refused(tmp_path, monkeypatch):
@@ -326,21 +418,54 @@ def test_what_a_layer_needs_of_its_backend_is_named():
         QuestImpl(2, 64, 0.125, sinks=None, chunk_lookback=1)
 
 
-def choose_for_draft(attention_backend: AttentionBackendEnum | None) -> str:
-    """The backend of a draft model's layer with a head size that QUEST has not."""
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "device", "is_refused"),
+    [
+        (71, 1, "cuda", True),
+        (48, 1, "cuda", True),
+        (16, 1, "cuda", False),
+        (71, 1, "cpu", False),
+    ],
+)
+def test_more_query_heads_per_kv_head_than_gpu_operators_take(
+    num_heads, num_kv_heads, device, is_refused
+):
+    """71 is Falcon 7B's, 48 StarCoder's."""
+    model = SimpleNamespace(
+        get_num_attention_heads=lambda parallel: num_heads,
+        get_num_kv_heads=lambda parallel: num_kv_heads,
+    )
+    reasons = list(_group_reasons(model, None, device))
+    assert len(reasons) == is_refused
+    for reason in reasons:
+        assert f"{num_heads} query heads per KV head" in reason
+        assert "--tensor-parallel-size" in reason and "--attention-backend" in reason
+
+
+UNSERVED_DRAFTS = {
+    "head size is 32": AttentionSelectorConfig(32, torch.bfloat16, "auto", None),
+    "not causal": AttentionSelectorConfig(64, torch.bfloat16, "auto", None, use_non_causal=True),
+}
+"""As DFlash and DSpark, which are not causal."""
+
+
+def choose_for_draft(why: str, attention_backend: AttentionBackendEnum | None) -> str:
+    """The backend of a draft model's layer that QUEST cannot serve."""
     vllm_config = VllmConfig()
     vllm_config.speculative_config = SimpleNamespace(attention_backend=attention_backend)
-    layer = AttentionSelectorConfig(32, torch.bfloat16, "auto", None)
+    quest = AttentionBackendEnum["QUEST"]
     with set_current_vllm_config(vllm_config), set_model_tag("eagle_head"):
-        return current_platform.get_attn_backend_cls(AttentionBackendEnum["QUEST"], layer)
+        return current_platform.get_attn_backend_cls(quest, UNSERVED_DRAFTS[why])
 
 
-def test_a_draft_model_gets_another_backend(caplog, monkeypatch):
+@pytest.mark.parametrize("why", UNSERVED_DRAFTS)
+def test_a_draft_model_gets_another_backend(why, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    assert "quest" not in choose_for_draft(None).lower()
-    assert "draft model" in caplog.text and "head size is 32" in caplog.text
+    assert "quest" not in choose_for_draft(why, None).lower()
+    assert "draft model" in caplog.text and why in caplog.text
 
 
-def test_a_draft_model_is_refused_where_quest_was_named_for_it():
-    with pytest.raises(ValueError, match="head size is 32"):
-        choose_for_draft(AttentionBackendEnum["QUEST"])
+@pytest.mark.parametrize("why", UNSERVED_DRAFTS)
+def test_a_draft_model_is_refused_where_quest_was_named_for_it(why):
+    with pytest.raises(ValueError, match=why):
+        choose_for_draft(why, AttentionBackendEnum["QUEST"])

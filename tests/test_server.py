@@ -25,14 +25,18 @@ START_LIMIT_S = 180
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serve(
     model: str, *options: str, env: dict[str, str] | None = None, log: IO[bytes] | None = None
 ) -> Iterator[str]:
     """The URL of a server, in this process's environment with `env` on top; it writes to `log`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [*SERVE, model, "--port", str(port), *options],
         env=os.environ | (env or {}),

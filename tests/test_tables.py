@@ -14,6 +14,7 @@ CHECKED_BY = {
     "| setting | default | meaning |": "test_readme.py",
     "| counter | counts |": "test_readme.py",
     "| family |": "test_families.py",
+    "| connector |": "test_refusals.py",
     "| what | for example | cure |": "test_refusals.py",
 }
 """Tables that hold no measurement, by how their heads begin, and the test that holds them."""

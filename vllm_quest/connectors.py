@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NIXL_MODULE = "vllm_quest.nixl"
 """Where NIXL's connectors are taken from, in place of vLLM's own module (see there)."""
 
-NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
+NIXL = ("NixlConnector", "NixlPullConnector")
 OFFLOADING = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 MULTI = "MultiConnector"
 
@@ -43,6 +43,7 @@ REFUSED = {
     "with other settings would go unnoticed",
     "MooncakeStoreConnector": "its store outlives the engine, and its keys do not tell page sizes "
     "and scores apart",
+    "NixlPushConnector": "nobody tried it with bounds",
     "FlexKVConnectorV1": "it is not known to carry bounds",
     "HF3FSKVConnector": "its files outlive the engine, and their names do not tell page sizes and "
     "scores apart",
@@ -54,12 +55,6 @@ REFUSED = {
 OFFLOADING_SPECS = {"CPUOffloadingSpec": ("cuda",)}
 """Where the OffloadingConnector may put blocks, and on which devices vLLM does so. Tiers behind
 host memory (TieringOffloadingSpec) outlive the engine, and their keys do not tell scores apart."""
-
-PROVEN_ON = ("cpu",)
-"""Devices on which bounds were seen to arrive with their keys (`tests/test_offloading.py`,
-`tests/test_nixl.py`). Other devices refuse all connectors until these tests have run there."""
-
-CURE = "remove --kv-transfer-config, or name one of " + ", ".join((*OFFLOADING, *NIXL))
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,6 @@ def reasons(vllm_config: "VllmConfig", device: str) -> Iterator[str]:
     """Why QUEST cannot have its KV cache moved as configured, and the cure; nothing if it can."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     connectors = list(configured(vllm_config.kv_transfer_config))
-    if device not in PROVEN_ON and (connectors or cache.kv_offloading_size is not None):
-        yield (
-            f"moving the KV cache was not tried with QUEST's bounds on {device} devices; remove "
-            "--kv-transfer-config and --kv-offloading-size"
-        )
-        return
     if cache.kv_offloading_size is not None:
         # vLLM names the connector later (VllmConfig._post_init_kv_transfer_config).
         if cache.kv_offloading_backend != "native":
@@ -94,8 +83,20 @@ def reasons(vllm_config: "VllmConfig", device: str) -> Iterator[str]:
         elif device != "cuda":
             yield "vLLM offloads the KV cache of GPUs alone; remove --kv-offloading-size"
     is_hybrid = model is not None and model.is_hybrid
+    if is_hybrid and (connectors or cache.kv_offloading_size is not None):
+        yield (
+            "moving the KV cache was not tried with hybrid models; remove --kv-transfer-config and "
+            "--kv-offloading-size"
+        )
+        return
     for connector in connectors:
-        yield from _connector_reasons(connector, device, is_hybrid)
+        yield from _connector_reasons(connector, device)
+
+
+def cure(device: str) -> str:
+    """What to do where a connector is refused; it names connectors that the device has."""
+    allowed = NIXL if device == "cpu" else (*OFFLOADING, *NIXL)
+    return f"remove --kv-transfer-config, or name one of {', '.join(allowed)}"
 
 
 def configured(transfer: "KVTransferConfig | None") -> Iterator[Connector]:
@@ -113,26 +114,24 @@ def configured(transfer: "KVTransferConfig | None") -> Iterator[Connector]:
             )
 
 
-def _connector_reasons(connector: Connector, device: str, is_hybrid: bool) -> Iterator[str]:
+def _connector_reasons(connector: Connector, device: str) -> Iterator[str]:
     name, settings = connector.name, connector.settings
     if connector.module not in (None, NIXL_MODULE):
-        yield f"the KV connector {name} of {connector.module} is not known to carry bounds; {CURE}"
+        name = f"{name} of {connector.module}"
+        yield f"the KV connector {name} is not known to carry bounds; {cure(device)}"
     elif name in REFUSED:
-        yield f"the KV connector {name} is refused: {REFUSED[name]}; {CURE}"
+        yield f"the KV connector {name} is refused: {REFUSED[name]}; {cure(device)}"
     elif name not in WHOLE_BLOCKS:
-        yield f"the KV connector {name} is not known to carry bounds; {CURE}"
+        yield f"the KV connector {name} is not known to carry bounds; {cure(device)}"
     elif name == "OffloadingConnector":
         yield from _offloading_reasons(settings, device)
     elif name in OFFLOADING and device != "cuda":
-        yield f"vLLM offloads the KV cache of GPUs alone; {CURE}"
-    elif name in NIXL:
-        if not settings.get("enforce_handshake_compat", True):
-            yield (
-                f"enforce_handshake_compat of the {name} is false, and engines with other blocks "
-                "would go unnoticed; remove it from kv_connector_extra_config"
-            )
-        if is_hybrid:
-            yield f"the {name} was not tried with hybrid models; {CURE}"
+        yield f"vLLM offloads the KV cache of GPUs alone; {cure(device)}"
+    elif name in NIXL and not settings.get("enforce_handshake_compat", True):
+        yield (
+            f"enforce_handshake_compat of the {name} is false, and engines with other blocks "
+            "would go unnoticed; remove it from kv_connector_extra_config"
+        )
 
 
 def _offloading_reasons(settings: Mapping[str, Any], device: str) -> Iterator[str]:
@@ -143,7 +142,7 @@ def _offloading_reasons(settings: Mapping[str, Any], device: str) -> Iterator[st
             "and settings together; set it to CPUOffloadingSpec"
         )
     elif device not in OFFLOADING_SPECS[spec]:
-        yield f"vLLM offloads the KV cache of GPUs alone; {CURE}"
+        yield f"vLLM offloads the KV cache of GPUs alone; {cure(device)}"
     if settings.get("canonical_layout"):
         yield (
             "canonical_layout of the OffloadingConnector has no room for bounds; remove it from "

@@ -13,7 +13,7 @@ from vllm_quest.decode_plan import DecodePlan
 from vllm_quest.layers import is_full_attention
 from vllm_quest.metadata import QuestMetadata
 from vllm_quest.platforms import this_platform
-from vllm_quest.support import OTHER_BACKEND
+from vllm_quest.support import OTHER_BACKEND, sink_head_reasons
 
 NOT_USED = {"chunk_lookback": -1}
 """Values beside None by which a model says that a layer does without."""
@@ -131,6 +131,9 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             kv_sharing_target_layer_name,
             sinks,
         )
+        if sinks is not None:
+            for reason in sink_head_reasons(num_heads, self.dense):
+                raise ValueError(f"QUEST cannot serve this model: {reason}")
 
     def get_impl_variants(self) -> tuple[AttentionImpl[Any], ...]:
         """FLASH_ATTN's metadata builder asks for the windows of its layers here."""

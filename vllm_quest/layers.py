@@ -42,6 +42,25 @@ def dense_layer_names(vllm_config: VllmConfig, dense_layers: int) -> frozenset[s
     return frozenset(name for name, number in numbers.items() if number < dense_layers)
 
 
+def why_nothing_is_sparse(vllm_config: VllmConfig, dense_layers: int) -> str | None:
+    """Why no layer of the model ever chooses pages, and what to do about it; None if one may."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return None  # other ranks have other layers
+    numbers = layer_numbers(vllm_config).values()
+    if not numbers:
+        return (
+            "no layer of this model attends to its whole context, so that QUEST changes nothing: "
+            "leave --attention-backend out"
+        )
+    if max(numbers) < dense_layers:
+        return (
+            f"additional_config['quest']['dense_layers'] is {dense_layers}, and this model has "
+            f"{max(numbers) + 1} full-attention layers: all of them attend in full; set a lower "
+            "number"
+        )
+    return None
+
+
 def _on_earlier_ranks(vllm_config: VllmConfig) -> int:
     """Full-attention layers that pipeline parallelism put on the ranks before this one."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -19,7 +19,7 @@ from vllm_quest import layout
 from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets
 from vllm_quest.config import UNLIMITED, QuestConfig
 from vllm_quest.decode_plan import DecodePlan, Decodes
-from vllm_quest.layers import dense_layer_names, is_full_attention
+from vllm_quest.layers import dense_layer_names, is_full_attention, why_nothing_is_sparse
 from vllm_quest.monitor import Monitor
 from vllm_quest.ops import UNLIMITED_PAGES
 from vllm_quest.platforms import BatchPlanner, PrefillPlan, this_platform
@@ -72,6 +72,8 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         is_full = [is_full_attention(layer) for layer in layers]
+        if (reason := why_nothing_is_sparse(vllm_config, self.quest.dense_layers)) is not None:
+            logger.warning_once("QUEST: no decode step is sparse: %s", reason)
         self.planner: BatchPlanner | None = None
         if any(is_full):
             self._check_spec(kv_cache_spec)

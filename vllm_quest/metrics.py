@@ -27,6 +27,9 @@ logger = init_logger("vllm.quest")
 
 VLLM_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 OUR_DIRECTORY = "QUEST_METRICS_DIR"
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""Which variables vLLM sets in Ray's workers too, besides those that it knows; comma-separated."""
+
 UNIT = "per decode row, layer and KV head"
 
 HELP = {
@@ -44,6 +47,8 @@ _made_here: tempfile.TemporaryDirectory[str] | None = None
 def expose() -> None:
     """Let this process's `/metrics` show what its workers will write. Safe to call again."""
     global _made_here
+    names = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name]
+    os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*names, VLLM_DIRECTORY, OUR_DIRECTORY]))
     if VLLM_DIRECTORY in os.environ or _made_here is not None:
         return
     _made_here = tempfile.TemporaryDirectory(prefix="vllm-quest-metrics-")

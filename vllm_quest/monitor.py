@@ -10,6 +10,7 @@ import operator
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ class Monitor:
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.page_size = QuestConfig.from_vllm(vllm_config).page_size
         num_counters = len(Counts().values())
-        self.counters = torch.zeros(num_counters, dtype=torch.int64, device=device)
+        self.counters = _zeros_beside_pools(num_counters, device)
         """[5] int64, in the order of `Counts`. Stays in place: CUDA graphs hold its address."""
 
         self._on_host, self._copying = self.counters, None
@@ -117,6 +118,23 @@ def _is_replica(vllm_config: VllmConfig) -> bool:
     num_ranks = parallel.tensor_parallel_size
     ranks_per_head = max(1, num_ranks // vllm_config.model_config.get_total_num_kv_heads())
     return bool(parallel.rank % num_ranks % ranks_per_head)
+
+
+def _zeros_beside_pools(size: int, device: torch.device) -> torch.Tensor:
+    """Zeros, int64, that can be read while the engine sleeps.
+
+    vLLM makes an engine's state in memory pools, which sleep unmaps. A pool holds for the thread
+    that entered it (torch.cuda.use_mem_pool), so another thread allocates.
+    """
+
+    def make() -> torch.Tensor:
+        zeros = torch.zeros(size, dtype=torch.int64, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # before other streams use it
+        return zeros
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 @dataclass(frozen=True)

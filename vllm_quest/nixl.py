@@ -10,7 +10,7 @@ vLLM takes the classes from here because `connectors.prepare` names this module 
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector
@@ -30,24 +30,16 @@ def block_contents(vllm_config: "VllmConfig") -> str:
     )
 
 
-class _ComparesBlocks:
-    """What both of NIXL's connectors do once a worker's blocks are known."""
+class NixlPullConnector(connector.NixlPullConnector):
+    """The engine that decodes reads blocks from the one that prefilled them."""
 
-    def register_kv_caches(self: Any, kv_caches: dict[str, Tensor]) -> None:
-        super().register_kv_caches(kv_caches)  # type: ignore[misc]
+    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        super().register_kv_caches(kv_caches)
         worker = self.connector_worker
         worker.compat_hash = f"{worker.compat_hash} ({block_contents(self._vllm_config)})"
         worker.xfer_handshake_metadata = replace(
             worker.xfer_handshake_metadata, compatibility_hash=worker.compat_hash
         )
-
-
-class NixlPullConnector(_ComparesBlocks, connector.NixlPullConnector):
-    """The engine that decodes reads blocks."""
-
-
-class NixlPushConnector(_ComparesBlocks, connector.NixlPushConnector):
-    """The engine that prefills writes blocks."""
 
 
 NixlConnector = NixlPullConnector

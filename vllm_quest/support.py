@@ -5,7 +5,7 @@ weight is read. `layer_reasons` sees what only an attention layer knows, such as
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
@@ -15,6 +15,7 @@ from vllm_quest.config import GROUP_TOKENS, QuestConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+    from vllm.v1.attention.backend import AttentionImpl
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 VLLM_AT_LEAST, VLLM_BELOW = "0.32", "0.34"
@@ -26,6 +27,8 @@ DTYPES = {
 }
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 OTHER_BACKEND = "choose another --attention-backend"
+MAX_SINK_HEADS = 64
+"""Query heads whose sinks FlashAttention 3 takes (its `fwd`: "query heads <= 64 with S aux")."""
 DRAFT_TAGS = ("eagle_head", "dflash_head", "dspark_head", "draft_model", "medusa_head")
 """What vLLM tags the building of draft models with (`set_model_tag` in `vllm/v1`)."""
 
@@ -125,10 +128,9 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
 
     cache = vllm_config.cache_config
     yield from _cache_dtype_reasons(cache.cache_dtype, None if model is None else model.dtype)
-    if model is not None and model.enable_sleep_mode and device == "cuda":
-        yield "sleeping discards what QUEST keeps beside the KV cache; remove --enable-sleep-mode"
-    # Where nobody named a block size, vLLM on GPUs asks the backend for one later.
-    is_final = device != "cuda" or cache.user_specified_block_size
+    # Where nobody named a block size, vLLM may yet ask the backend for one: 0.32 does so on GPUs,
+    # and 0.33 on CPUs too.
+    is_final = cache.user_specified_block_size or cache.block_size != cache.DEFAULT_BLOCK_SIZE
     block_size = (cache.block_size or 0) if is_final else 0
     if block_size % quest.page_size != 0:
         yield (
@@ -230,6 +232,18 @@ def _sink_reasons(dtype: torch.dtype, device: str) -> Iterator[str]:
         yield (
             f"the model has attention sinks, which FlashAttention takes in bfloat16 only, and its "
             f"dtype is {str(dtype).removeprefix('torch.')}; set --dtype bfloat16"
+        )
+
+
+def sink_head_reasons(num_heads: int, dense: "AttentionImpl[Any]") -> Iterator[str]:
+    """More query heads with sinks than the platform's own backend takes, in a layer of it."""
+    # CPU_ATTN, which takes any number, has no such attribute.
+    is_flash_attn_3 = getattr(dense, "vllm_flash_attn_version", None) == 3
+    if is_flash_attn_3 and num_heads > MAX_SINK_HEADS:
+        yield (
+            f"the model has attention sinks and {num_heads} query heads on each GPU, and "
+            f"FlashAttention 3 takes sinks of {MAX_SINK_HEADS}: raise --tensor-parallel-size, or "
+            "set --attention-backend TRITON_ATTN"
         )
 
 

@@ -7,6 +7,7 @@ the pass computes the same numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -106,6 +107,9 @@ class Decoding:
 
     token_budget: int = 0
 
+    attended: list[float] = field(default_factory=list)
+    """By sparse layer, the tokens that a step and KV head attended to, on average."""
+
     def __call__(
         self,
         layer: int,
@@ -126,6 +130,7 @@ class Decoding:
             logits = logits.masked_fill(token < rows.lengths[:, None] - window, -torch.inf)
         elif self.method is not None and layer >= self.dense_layers:
             attended = self._attended(rows, self.method)
+            self.attended.append(attended.sum(-1, dtype=torch.float32).mean().item())
             logits = logits.masked_fill(~attended[:, :, None], -torch.inf)
         weights = logits[..., :num_tokens].softmax(-1).flatten(2, 3)
         out = (weights @ value.float()).unflatten(2, rows.query.shape[2:4])
@@ -139,6 +144,7 @@ class Decoding:
             page_tokens=method.page_tokens,
             token_budget=self.token_budget,
             keep=method.keep,
+            held=method.held,
         )
         return pages.repeat_interleave(method.page_tokens, dim=-1)
 
@@ -146,6 +152,17 @@ class Decoding:
 def _append(text: Tensor, own: Tensor) -> Tensor:
     """A text's keys, then each stream's own: `[streams, kv_heads, tokens, head_size]`."""
     return torch.cat((text.expand(len(own), -1, -1, -1), own), dim=2)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Of decode steps."""
+
+    logits: Tensor
+    """After each step, `[streams, steps, vocabulary]`."""
+
+    tokens_attended: float | None
+    """By a step, KV head and sparse layer, on average; None: no layer was sparse."""
 
 
 class Model:
@@ -183,7 +200,7 @@ class Model:
     @torch.inference_mode()
     def decode(
         self, text: Sequence[KeyValue], streams: Tensor, method: Method | None, token_budget: int
-    ) -> Tensor:
+    ) -> "Decoded":
         """Feed streams of tokens, each after the same text.
 
         Args:
@@ -193,10 +210,12 @@ class Model:
             token_budget: tokens attended per KV head and step.
 
         Returns:
-            logits after each step, `[streams, steps, vocabulary]`.
+            what came of it.
         """
         decoding = Decoding(text, self._dense_layers, method, token_budget)
-        return self._forward(streams, text[0][0].shape[1], decoding, last=streams.shape[1])
+        logits = self._forward(streams, text[0][0].shape[1], decoding, last=streams.shape[1])
+        attended = decoding.attended
+        return Decoded(logits, fmean(attended) if attended else None)
 
     def elements_per_stream(self, text: Sequence[KeyValue], num_steps: int) -> int:
         """Elements of a layer's logits that one stream has."""

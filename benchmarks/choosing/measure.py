@@ -32,6 +32,9 @@ class Outcome:
     facts_right: list[int]
     """By question, 1 where the whole code is answered."""
 
+    tokens_attended: float | None = None
+    """By a step, KV head and sparse layer of the text, on average; None: all."""
+
 
 def measure_window(
     model: Model,
@@ -49,20 +52,24 @@ def measure_window(
     fact_text = model.read(facts.read) if facts.questions else []
     fed = torch.tensor([window.fed])
     targets = torch.tensor(window.targets)
-    full = model.decode(text, fed, None, 0)[0].argmax(-1)
+    full = model.decode(text, fed, None, 0).logits[0].argmax(-1)
 
-    def outcome(name: str, budget: int, logits: Tensor, right: list[int]) -> Outcome:
+    def outcome(
+        name: str, budget: int, logits: Tensor, right: list[int], attended: float | None = None
+    ) -> Outcome:
         nats = -logits.float().log_softmax(-1).gather(1, targets.to(logits.device)[:, None])
         agrees = (logits.argmax(-1) == full).int().tolist()
         progress()
-        return Outcome(name, budget, agrees, [round(n, 4) for n in nats[:, 0].tolist()], right)
+        rounded = [round(n, 4) for n in nats[:, 0].tolist()]
+        return Outcome(name, budget, agrees, rounded, right, attended)
 
     again = model.read_logits(window.read + window.fed, last=len(window.fed))
     outcomes = [outcome(FLOOR, 0, again, [])]
     for method, budget in [(None, 0), *cells]:
-        logits = model.decode(text, fed, method, budget)[0]
+        decoded = model.decode(text, fed, method, budget)
         right = facts_right(model, fact_text, facts.questions, method, budget)
-        outcomes.append(outcome(method.name if method else FULL, budget, logits, right))
+        name = method.name if method else FULL
+        outcomes.append(outcome(name, budget, decoded.logits[0], right, decoded.tokens_attended))
     return outcomes
 
 
@@ -85,7 +92,7 @@ def facts_right(
         fed = torch.zeros(len(chosen), steps, dtype=torch.int64)
         for row, question in enumerate(chosen):
             fed[row, : len(question.fed)] = torch.tensor(question.fed)
-        most_probable = model.decode(text, fed, method, token_budget).argmax(-1).tolist()
+        most_probable = model.decode(text, fed, method, token_budget).logits.argmax(-1).tolist()
         for tokens, question in zip(most_probable, chosen, strict=True):
             end = len(question.fed)
             answer = tokens[end - len(question.answer) : end]

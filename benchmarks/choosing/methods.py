@@ -1,6 +1,6 @@
 """The methods that are compared: a score, a size of page, and what is kept before all others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.choosing import scores
 from benchmarks.choosing.scores import Levels, Rank, Score, keys_in_bits
@@ -23,6 +23,9 @@ class Method:
     keep: Keep
     bytes_ratio: float | None
     """Bytes that scoring reads, relative to bf16 min/max of pages of 16; None: an oracle."""
+
+    held: float | None = None
+    """The share of attention at which a step takes no more pages (top-p); None: at the budget."""
 
 
 def _kept(share: float) -> Keep:
@@ -56,7 +59,14 @@ def _label(share: float) -> str:
     return f" +{share:.0%}".removesuffix("%")
 
 
+def _held(method: Method, share: float) -> Method:
+    return replace(method, name=f"{method.name}, {share:.0%} held", held=share)
+
+
 QUARTER = _kept(1 / 4)
+TWO_BITS = _keys(2, "mass", _kept(0), _label(0))
+MASS_ORACLE = Method("oracle mass, p16", scores.true_mass, 16, NOTHING, None)
+HELD_SHARES = (0.8, 0.9, 0.95, 0.98)
 METHODS: tuple[Method, ...] = (
     _minmax(16, NOTHING, ""),
     *(_minmax(16, _kept(share), _label(share)) for share in SHARES),
@@ -75,10 +85,11 @@ METHODS: tuple[Method, ...] = (
     _keys(4, "mass", QUARTER, " +25"),
     Method("oracle maximum, p16", scores.true_maximum, 16, NOTHING, None),
     Method("oracle maximum, p16 +25", scores.true_maximum, 16, QUARTER, None),
-    Method("oracle mass, p16", scores.true_mass, 16, NOTHING, None),
+    MASS_ORACLE,
     Method("oracle mass, p16 +25", scores.true_mass, 16, QUARTER, None),
     Method("oracle mass, p8 +25", scores.true_mass, 8, QUARTER, None),
     Method("StreamingLLM, p16", scores.newest, 16, _kept(0), 0.0),
+    *(_held(method, share) for method in (TWO_BITS, MASS_ORACLE) for share in HELD_SHARES),
 )
 BASELINE = METHODS[0]
 """QUEST's paper's, which the others are compared with."""

@@ -57,6 +57,9 @@ class Row:
     agreement: Estimate
     perplexity: float
     facts: Estimate | None
+    tokens_attended: float | None
+    """By a step of the text, KV head and sparse layer, on average; None: all."""
+
     agreement_difference: Estimate | None
     """To min/max of pages of 16 at the same budget, step by step."""
 
@@ -67,9 +70,12 @@ class Row:
 def rows(windows: Sequence[list[Outcome]]) -> list[Row]:
     """Merge the windows."""
     merged: dict[tuple[str, int], Outcome] = {}
+    attended: dict[tuple[str, int], list[float]] = {}
     for outcome in (outcome for window in windows for outcome in window):
         key = (outcome.method, outcome.token_budget)
         before = merged.get(key, Outcome(*key, [], [], []))
+        if outcome.tokens_attended is not None:
+            attended.setdefault(key, []).append(outcome.tokens_attended)
         merged[key] = Outcome(
             *key,
             before.agrees + outcome.agrees,
@@ -87,6 +93,7 @@ def rows(windows: Sequence[list[Outcome]]) -> list[Row]:
                 bootstrap(groups(own.agrees)),
                 float(torch.tensor(own.nats).mean().exp()),
                 share_right(own.facts_right) if own.facts_right else None,
+                fmean(attended[method, budget]) if (method, budget) in attended else None,
                 difference(own.agrees, base.agrees, groups) if has_difference else None,
                 difference(own.facts_right, base.facts_right, list)
                 if has_difference and own.facts_right
@@ -159,6 +166,7 @@ def _markdown(table: Sequence[Row], record: dict[str, Any]) -> str:
         "Facts answered, %": lambda r: _share(r.facts),
         "Facts, difference to min/max of pages of 16, points": lambda r: _share(r.facts_difference),
         "Perplexity": lambda r: f"{r.perplexity:.3f}",
+        "Tokens attended": lambda r: f"{r.tokens_attended:.0f}" if r.tokens_attended else "",
     }
     for title, text in tables.items():
         if "Facts" not in title or full.facts:

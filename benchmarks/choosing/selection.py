@@ -21,7 +21,13 @@ class Keep:
 
 
 def chosen_pages(
-    scores: Tensor, rows: Rows, *, page_tokens: int, token_budget: int, keep: Keep
+    scores: Tensor,
+    rows: Rows,
+    *,
+    page_tokens: int,
+    token_budget: int,
+    keep: Keep,
+    held: float | None = None,
 ) -> Tensor:
     """The pages that each step attends to.
 
@@ -31,6 +37,8 @@ def chosen_pages(
         page_tokens: tokens of a page.
         token_budget: tokens per KV head and step; a multiple of the page.
         keep: what comes first.
+        held: a share of all pages' attention, where scores are logarithms of shares: a step takes
+            no page, but for those kept, once the pages before it hold so much. None: no such end.
 
     Returns:
         bool, of the scores' shape.
@@ -52,5 +60,13 @@ def chosen_pages(
             f"{num_kept} are kept before any is chosen"
         )
     ranked = scores.masked_fill(kept, math.inf).masked_fill(~exists, -math.inf)
-    best = ranked.topk(min(budget_pages, num_pages), sorted=False).indices
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True) & exists
+    best = ranked.topk(min(budget_pages, num_pages), sorted=held is not None).indices
+    is_taken = torch.ones_like(best, dtype=torch.bool)
+    if held is not None:
+        shares = scores.exp() * exists
+        of_best = shares.gather(-1, best)
+        before = of_best.cumsum(-1) - of_best
+        is_taken = (before < held * shares.sum(-1, keepdim=True)) | kept.expand_as(scores).gather(
+            -1, best
+        )
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, is_taken) & exists

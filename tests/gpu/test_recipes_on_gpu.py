@@ -23,6 +23,7 @@ pytestmark = [
 QUEST = ["--attention-backend", "QUEST", "--additional-config"]
 QUEST += [json.dumps({"quest": {"token_budget": 256, "dense_layers": 0}})]
 EAGER = ["--enforce-eager", "--gpu-memory-utilization", "0.15"]
+EAGER += ["--kv-cache-memory-bytes", str(1 << 30)]  # other tests may start and stop on this GPU
 RANDOM = ["--dataset-name", "random", "--random-input-len", "1024", "--random-output-len", "16"]
 
 
