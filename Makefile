@@ -26,7 +26,8 @@ demo: env
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto --dist loadfile
 
-OPERATOR_TESTS := $(addprefix tests/gpu/test_,cuda_ops.py cluster_decode.py codes_on_gpu.py cuda_counters.py)
+OPERATOR_TESTS := $(addprefix tests/gpu/test_,cuda_ops.py cluster_decode.py codes_on_gpu.py fp8_on_gpu.py \
+	cuda_counters.py)
 
 # More threads than cores make the reference crawl under these tools.
 sanitize: $(VENV)/.dev

@@ -225,7 +225,8 @@ def cuda_extension(home: Path, archs: tuple[str, ...]) -> NativeExtension:
     kernels = (
         *("write_kv", "write_codes", "score", "weigh_pages", "score_masses", "select"),
         *("sparse_decode", "cluster_decode/cluster_decode"),
-        "cluster_decode/cluster_decode_far_keys",
+        *("cluster_decode/cluster_decode_far_keys", "cluster_decode/cluster_decode_fp8"),
+        "cluster_decode/cluster_decode_fp8_far_keys",
     )
     units = [Unit(CSRC / "cuda" / f"{kernel}.cu", "cuda", device) for kernel in kernels]
     units.append(Unit(CSRC / "cuda" / "bindings.cpp", "cuda", host))

@@ -23,9 +23,7 @@ class DenseLayers:
         self.case = case
         pages = case.rows * case.pages
         sizes = (pages, case.page_size, case.kv_heads, 2 * case.head_size)
-        caches = [
-            torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_() for _ in range(num_layers)
-        ]
+        caches = [self.random_cache(sizes) for _ in range(num_layers)]
         self.keys_values = [cache.split(case.head_size, dim=-1) for cache in caches]
         self.block_tables = [
             torch.randperm(pages, device=DEVICE).int().view(case.rows, -1)
@@ -41,14 +39,27 @@ class DenseLayers:
         )
         self.slots = [case.newest_slots(table, case.page_size) for table in self.block_tables]
         self.one = torch.ones((), device=DEVICE)
+        self.fp8_query: Tensor | None = None
+        if case.is_fp8:  # as vLLM's layer hands it to FLASH_ATTN, where the model's graph makes it
+            self.fp8_query = self.query.to(case.cache_dtype)
+
+    def random_cache(self, sizes: tuple[int, ...]) -> Tensor:
+        """Standard normal keys and values: `[pages, page_size, kv_heads, 2 * head_size]`."""
+        cache = torch.empty(sizes, dtype=self.case.cache_dtype, device=DEVICE)
+        for part in cache.split(1 + (1 << 28) // cache[0].numel()):
+            part.copy_(torch.randn(part.shape, dtype=self.case.dtype, device=DEVICE))
+        return cache
 
     def write(self, i: int) -> None:
         """Store a step's keys and values, as vLLM's dense backends do."""
         from vllm._custom_ops import reshape_and_cache_flash
 
         keys, values = self.keys_values[i]
+        dtype = "auto"
+        if self.case.is_fp8:
+            dtype, keys, values = "fp8", keys.view(torch.uint8), values.view(torch.uint8)
         arguments = (self.key, self.key, keys, values, self.slots[i])
-        reshape_and_cache_flash(*arguments, "auto", self.one, self.one)
+        reshape_and_cache_flash(*arguments, dtype, self.one, self.one)
 
     def __len__(self) -> int:
         return len(self.keys_values)
@@ -82,7 +93,7 @@ class PagedFlashAttention3:
             num_heads_kv=case.kv_heads,
             headdim=case.head_size,
             cache_seqlens=seq_lens,
-            qkv_dtype=case.dtype,
+            qkv_dtype=case.cache_dtype,
             page_size=block_tokens,
             **shape,
         )
@@ -92,6 +103,9 @@ class PagedFlashAttention3:
             "scheduler_metadata": schedule,
             "fa_version": 3,
         }
+        if case.is_fp8:
+            scales = torch.ones((), device=DEVICE).expand(case.rows, case.kv_heads)
+            self.arguments |= {name: scales for name in ("q_descale", "k_descale", "v_descale")}
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor, out: Tensor
@@ -126,7 +140,8 @@ class FlashAttention3:
 
     def attend(self, i: int) -> None:
         layers = self.layers
-        self.kernel.attend(layers.query, *layers.keys_values[i], layers.block_tables[i], layers.out)
+        query = layers.query if layers.fp8_query is None else layers.fp8_query
+        self.kernel.attend(query, *layers.keys_values[i], layers.block_tables[i], layers.out)
 
 
 def workspace() -> torch.Tensor:

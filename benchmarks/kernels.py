@@ -14,13 +14,14 @@ keys and values, too, beside which QUEST's attention begins.
     python benchmarks/kernels.py --cases 1x4K 1x512K      # where QUEST starts to pay
     python benchmarks/kernels.py --cases 8x32K/32/32 --page-size 32 --budgets 512 2048 8192
     python benchmarks/kernels.py --cases 1x1K --captured-for 1K 128K --no-dense
+    python benchmarks/kernels.py --kv-cache-dtype fp8     # beside FlashAttention 3 alone
 """
 
 import argparse
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Case:
     block_tokens: int
     dtype: torch.dtype
     score: Score = "minmax"
+    is_fp8: bool = False  # the cache
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.is_fp8 else self.dtype
 
     @property
     def blocks(self) -> int:
@@ -82,7 +88,7 @@ class Case:
     @property
     def row_bytes(self) -> int:
         """Of one token's key and value, or of one page's bounds, for all KV heads."""
-        return 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+        return 2 * self.kv_heads * self.head_size * self.cache_dtype.itemsize
 
     @property
     def dense_bytes(self) -> int:
@@ -116,6 +122,13 @@ def in_k(tokens: int) -> str:
     return f"{tokens >> 10}K" if tokens % 1024 == 0 else str(tokens)
 
 
+def kv_scales(case: Case) -> ops.KvScales | None:
+    """Of an fp8 cache: with them, keys and values of variance 1 come to no more than 448."""
+    if not case.is_fp8:
+        return None
+    return ops.KvScales(torch.tensor(0.02, device=DEVICE), torch.tensor(0.03, device=DEVICE))
+
+
 class Layer:
     """One layer's cache, with random keys and values in scattered blocks, and its block table."""
 
@@ -123,11 +136,13 @@ class Layer:
         blocks, tokens, page_size = case.rows * case.blocks, case.block_tokens, case.page_size
         rows = layout.block_rows(tokens, page_size, case.score)
         sizes = (blocks, case.kv_heads, rows, 2 * case.head_size)
-        self.kv_cache = torch.empty(sizes, dtype=case.dtype, device=DEVICE).normal_()
+        self.kv_cache = torch.empty(sizes, dtype=case.cache_dtype, device=DEVICE)
+        settings: dict[str, Any] = {"page_size": page_size, "score": case.score}
         for part in self.kv_cache.split(1 + (1 << 29) // self.kv_cache[0].nbytes):
-            key = part[:, :, :tokens, : case.head_size].transpose(1, 2).flatten(0, 1)
+            key_sizes = (len(part) * tokens, case.kv_heads, case.head_size)
+            key = torch.randn(key_sizes, dtype=case.dtype, device=DEVICE)
             slots = torch.arange(len(key), device=DEVICE)
-            ops.write_kv(key, key, part, slots, page_size=page_size, score=case.score)
+            ops.write_kv(key, key, part, slots, scales=kv_scales(case), **settings)
         shape = (case.rows, case.table_blocks)
         self.block_table = torch.full(shape, -1, dtype=torch.int32, device=DEVICE)
         self.block_table[:, : case.blocks] = torch.randperm(blocks, device=DEVICE).view(
@@ -159,17 +174,20 @@ class DecodeStep:
         self.pages = torch.empty(*rows_heads, case.budget_pages, dtype=torch.int32, device=DEVICE)
         group_size = case.heads // case.kv_heads
         self.uses_clusters = ops.max_cluster_pages(group_size, case.head_size, DEVICE) > 0
+        self.scales = kv_scales(case)
         self.attention_settings: dict[str, Any] = {
             "page_size": case.page_size,
             "scale": case.head_size**-0.5,
             "workspace": ops.decode_workspace(group_size, case.head_size, DEVICE),
             "score": case.score,
+            "scales": self.scales,
         }
         self.slots = [case.newest_slots(layer.block_table, case.block_tokens) for layer in layers]
 
     def write_kv(self, i: int) -> None:
         kv_cache, page_size = self.layers[i].kv_cache, self.case.page_size
         settings: dict[str, Any] = {"page_size": page_size, "score": self.case.score}
+        settings["scales"] = self.scales
         ops.write_kv(self.key, self.key, kv_cache, self.slots[i], **settings)
 
     def score(self, i: int) -> None:
@@ -267,6 +285,7 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "rows x context, heads": str(case),
         "score": case.score,
+        "cache": "fp8" if case.is_fp8 else str(case.dtype).removeprefix("torch."),
         "page": case.page_size,
         "budget": case.budget_tokens,
         "captured for": in_k(case.captured_tokens),
@@ -287,13 +306,17 @@ def run(case: Case, copy: float, peers: Sequence[str] | None) -> dict[str, Any]:
     free_memory()
     if peers is not None:
         dense, dense_layer = dense_us(case, peers)
-        flashinfer = [time for name, time in dense.items() if time and name != "FA3"]
+        flashinfer = [time for name, time in dense.items() if time and not name.startswith("FA3")]
         row |= {f"{name} µs": time for name, time in dense.items()}
         row["ratio"] = ratio(dense["FA3"], total)
         row["limit"] = ratio(dense["FA3"], limit)
         row["FA3 layer µs"] = dense_layer["FA3"]
         row["layer ratio"] = ratio(dense_layer["FA3"], layer)
         row["FlashInfer ratio"] = ratio(min(flashinfer, default=None), total)
+        if case.is_fp8:
+            in_16_bits, _ = dense_us(replace(case, is_fp8=False), ["FA3"])
+            row["FA3 16 bits µs"] = in_16_bits["FA3"]
+            row["ratio to 16 bits"] = ratio(in_16_bits["FA3"], total)
     return row
 
 
@@ -363,6 +386,7 @@ def parse_case(
         block_tokens=args.block_size,
         dtype=getattr(torch, args.dtype),
         score=args.score,
+        is_fp8=args.kv_cache_dtype == "fp8",
     )
 
 
@@ -395,6 +419,12 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="fp8: beside FlashAttention 3 with fp8, and with 16 bits (default: %(default)s)",
+    )
+    parser.add_argument(
         "--no-dense", action="store_true", help="leave out FlashAttention 3 and FlashInfer"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
@@ -404,11 +434,13 @@ def main() -> None:
 
     torch.manual_seed(0)
     print_machine()
-    print(f"{args.dtype}, head size {args.head_size}")
+    print(f"{args.dtype}, head size {args.head_size}, KV cache {args.kv_cache_dtype}")
     copy = copy_bytes_per_us()
     free_memory()
     print(f"copy: {copy / 1000:.0f} GB/s")
     peers = None if args.no_dense else available_peers()
+    if args.kv_cache_dtype == "fp8" and peers:
+        peers = [name for name in peers if name == "FA3"]
     cases = itertools.product(args.cases, args.budgets, args.captured_for)
     rows = print_as_measured(
         run(parse_case(text, args, budget, captured), copy, peers)

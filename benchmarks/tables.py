@@ -207,6 +207,27 @@ def coded(*results: Result) -> Iterable[Cells]:
         }
 
 
+def in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
+    """Of `kernels.py`, with `--kv-cache-dtype fp8` and without, the same cases."""
+    for row, other in zip(fp8["rows"], bf16["rows"], strict=True):
+        name = row["rows x context, heads"]
+        if other["rows x context, heads"] != name:
+            raise ValueError(f"{name} in one file is {other['rows x context, heads']} in the other")
+        yield {
+            "rows x context, heads": name,
+            "QUEST, fp8 (µs)": _us(row["total µs"]),
+            "QUEST, bf16 (µs)": _us(other["total µs"]),
+            "FA3, fp8 (µs)": _us(row["FA3 µs"]),
+            "FA3, bf16 (µs)": _us(other["FA3 µs"]),
+            "QUEST's bytes, fp8 (µs)": _us(row["limit µs"]),
+            "speed-up over FA3, fp8": f"{row['ratio']:.1f}x",
+            "speed-up over FA3, bf16": f"{other['ratio']:.1f}x",
+            "layer, QUEST, fp8 (µs)": _us(row["layer µs"]),
+            "layer, QUEST, bf16 (µs)": _us(other["layer µs"]),
+            "layer's speed-up, fp8": f"{row['layer ratio']:.1f}x",
+        }
+
+
 def captures(result: Result) -> Iterable[Cells]:
     """Of `kernels.py --captured-for`: a case's row, a column for each capture."""
     cases: dict[str, Cells] = {}
@@ -519,17 +540,8 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(
-            whole_models,
-            scaling,
-            layers,
-            budgets,
-            captures,
-            coded,
-            prefills,
-            cpu_models,
-            cpu_stages,
-        ),
+        *(whole_models, scaling, layers, budgets, captures, coded, in_fp8),
+        *(prefills, cpu_models, cpu_stages),
         *(accuracy, by_context, choices, smallest_budgets, countings, scores, page_scores),
     )
 }

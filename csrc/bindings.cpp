@@ -30,10 +30,12 @@ void check_rows(const char* op, const Tensor& seq_lens, const Tensor& budget_pag
 }
 
 void write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-              const Tensor& slot_mapping, int64_t page_size, std::string score) {
+              const Tensor& slot_mapping, int64_t page_size, std::string score,
+              const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
   const ScoreKind kind = check_score_kind("write_kv", score);
   const Sizes sizes =
       check_write_kv(Device::kCpu, key, value, kv_cache, slot_mapping, page_size, kind);
+  check_scales("write_kv", Device::kCpu, kv_cache, key_scale, value_scale);
   const WriteKvParams params = write_kv_params(key, value, kv_cache, slot_mapping, kind, sizes);
   kernels().write_kv(params);
   if (kind == ScoreKind::kCodes) kernels().write_codes(params);
@@ -101,11 +103,13 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    int64_t page_size, double scale, double soft_cap, const Tensor& out,
                    const std::optional<Tensor>& /* workspace: GPUs need one */,
                    const std::optional<Tensor>& counters, std::string score,
-                   const std::optional<Tensor>& sinks) {
+                   const std::optional<Tensor>& sinks, const std::optional<Tensor>& key_scale,
+                   const std::optional<Tensor>& value_scale) {
   const char* op = "sparse_decode";
   Sizes sizes = check_decode(op, Device::kCpu, query, kv_cache, block_table, seq_lens, budget_pages,
                              page_size, check_score_kind(op, score), out);
   check_selected(op, Device::kCpu, kv_cache, pages, sizes);
+  check_scales(op, Device::kCpu, kv_cache, key_scale, value_scale);
   check_rows("sparse_decode", seq_lens, budget_pages, sizes, true);
   int64_t* const counted = check_counters("sparse_decode", Device::kCpu, kv_cache, counters);
   kernels().sparse_decode({.cache = cache_of(kv_cache, sizes),
@@ -157,7 +161,8 @@ void use_cpu_isa(const std::string& isa) {
 STABLE_TORCH_LIBRARY(vllm_quest, library) {
   library.def(
       "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, "
-      "int page_size, str score=\"minmax\") -> ()");
+      "int page_size, str score=\"minmax\", Tensor? key_scale=None, Tensor? value_scale=None) -> "
+      "()");
   library.def(
       "score(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
       "budget_pages, "
@@ -173,7 +178,8 @@ STABLE_TORCH_LIBRARY(vllm_quest, library) {
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor budget_pages, Tensor pages, int page_size, float scale, float soft_cap, "
       "Tensor(a!) out, Tensor(b!)? workspace=None, Tensor(c!)? counters=None, "
-      "str score=\"minmax\", Tensor? sinks=None) -> ()");
+      "str score=\"minmax\", Tensor? sinks=None, Tensor? key_scale=None, "
+      "Tensor? value_scale=None) -> ()");
   library.def("contract(str name) -> int");
   // For tests: the CPU kernels come in several instruction sets.
   library.def("cpu_isas() -> str");

@@ -24,6 +24,8 @@ inline DType dtype_of(const Tensor& tensor) {
       return DType::kBFloat16;
     case ScalarType::Half:
       return DType::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8;
     default:
       return DType::kFloat32;
   }

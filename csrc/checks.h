@@ -17,6 +17,7 @@
 #include "codes.h"
 #include "counters.h"
 #include "kept.h"
+#include "params.h"
 #include "score_kind.h"
 
 #define QUEST_CHECK(condition, op, heading, ...) \
@@ -60,8 +61,18 @@ std::string join(const Values& values) {
   return text + "]";
 }
 
-inline bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
+// The dtypes of a KV cache, beside 16 bits.
+inline ScalarType other_cache_dtype(Device device) {
+  return device == Device::kCpu ? ScalarType::Float : ScalarType::Float8_e4m3fn;
+}
+
+inline bool is_fp8(const Tensor& kv_cache) {
+  return kv_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+}
+
+// The dtype of keys, values, queries and outputs outside of the cache.
+inline ScalarType model_dtype(const Tensor& kv_cache) {
+  return is_fp8(kv_cache) ? ScalarType::BFloat16 : kv_cache.scalar_type();
 }
 
 class Checks {
@@ -114,10 +125,10 @@ class Checks {
   // Fills in the sizes that the cache tells.
   void cache(const Tensor& kv_cache, int64_t page_size, ScoreKind kind, Sizes& sizes) const {
     const ScalarType dtype = kv_cache.scalar_type();
-    QUEST_CHECK(is_floating(dtype) && !(device_ == Device::kCuda && dtype == ScalarType::Float),
-                op_, "dtype", "kv_cache must be BFloat16 or Half",
-                device_ == Device::kCpu ? " or Float" : "", ", got ",
-                torch::headeronly::toString(dtype));
+    const ScalarType other = other_cache_dtype(device_);
+    QUEST_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == other, op_,
+                "dtype", "kv_cache must be BFloat16, Half or ", torch::headeronly::toString(other),
+                ", got ", torch::headeronly::toString(dtype));
     shape({"kv_cache", kv_cache}, {-1, -1, -1, -1});
     const int64_t block_rows = kv_cache.size(2), row_size = kv_cache.size(3);
     QUEST_CHECK(kv_cache.stride(3) == 1 && kv_cache.stride(2) == row_size, op_, "layout",
@@ -126,6 +137,9 @@ class Checks {
     QUEST_CHECK(page_size > 0 && page_size % 8 == 0, op_, "shape",
                 "page_size must be a positive multiple of 8, got ", page_size);
     const bool is_coded = kind == ScoreKind::kCodes;
+    QUEST_CHECK(!(is_coded && is_fp8(kv_cache)), op_, "dtype",
+                "kv_cache must have 16 bits or more for the score codes, got ",
+                torch::headeronly::toString(dtype));
     QUEST_CHECK(!is_coded || kGroupTokens % page_size == 0, op_, "shape", "page_size must divide ",
                 kGroupTokens, ", the tokens of a group of codes, got ", page_size);
     // A block consists of whole units: a page with its bounds, or a group with its codes.
@@ -147,7 +161,7 @@ class Checks {
   // Fills in the sizes that the decode rows' own arguments tell.
   void rows(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
             const Tensor& seq_lens, const Tensor& budget_pages, Sizes& sizes) const {
-    dtype({"query", query}, kv_cache.scalar_type());
+    dtype({"query", query}, model_dtype(kv_cache));
     shape({"query", query}, {-1, -1, sizes.head_size});
     inner_contiguous({"query", query});
     sizes.num_rows = query.size(0);
@@ -194,7 +208,7 @@ inline Sizes check_write_kv(Device device, const Tensor& key, const Tensor& valu
   check.device(
       {{"kv_cache", kv_cache}, {"key", key}, {"value", value}, {"slot_mapping", slot_mapping}});
   check.cache(kv_cache, page_size, kind, sizes);
-  check.dtypes({{"key", key}, {"value", value}}, kv_cache.scalar_type());
+  check.dtypes({{"key", key}, {"value", value}}, model_dtype(kv_cache));
   check.shape({"key", key}, {-1, sizes.num_kv_heads, sizes.head_size});
   check.shape({"value", value}, {key.size(0), sizes.num_kv_heads, sizes.head_size});
   check.inner_contiguous({"key", key});
@@ -365,6 +379,29 @@ inline const void* check_sinks(const char* op, Device device, const Tensor& quer
   check.shape({"sinks", *sinks}, {sizes.num_heads});
   check.inner_contiguous({"sinks", *sinks});
   return sinks->data_ptr();
+}
+
+// The scales of an fp8 cache, a number each; null for other caches.
+inline KvScales check_scales(const char* op, Device device, const Tensor& kv_cache,
+                             const std::optional<Tensor>& key_scale,
+                             const std::optional<Tensor>& value_scale) {
+  const bool has_both = key_scale.has_value() && value_scale.has_value();
+  const bool has_any = key_scale.has_value() || value_scale.has_value();
+  QUEST_CHECK(is_fp8(kv_cache) ? has_both : !has_any, op, "values",
+              "key_scale and value_scale belong to a kv_cache of Float8_e4m3fn, which needs both; "
+              "got ",
+              has_both ? "both" : (has_any ? "one" : "none"), " and a kv_cache of ",
+              torch::headeronly::toString(kv_cache.scalar_type()));
+  if (!has_both) return {};
+  const Checks check(op, device);
+  for (const Arg& arg : {Arg{"key_scale", *key_scale}, Arg{"value_scale", *value_scale}}) {
+    check.device({{"kv_cache", kv_cache}, arg});
+    check.dtype(arg, ScalarType::Float);
+    QUEST_CHECK(arg.tensor.numel() == 1, op, "shape", arg.name, " must be one number, got ",
+                join(arg.tensor.sizes()));
+  }
+  return {.key = static_cast<const float*>(key_scale->data_ptr()),
+          .value = static_cast<const float*>(value_scale->data_ptr())};
 }
 
 // Where to count; null where nothing is to be counted.

@@ -1,4 +1,5 @@
 // What each stage's kernel is given, on CPU and GPU alike. Dimension names: see vllm_quest/ops.py.
+// The dtype of the model is that of the cache, unless that is fp8.
 // Strides count elements. Lengths count tokens, budgets count pages; on a GPU both are read on the
 // device alone.
 #pragma once
@@ -12,7 +13,8 @@
 
 namespace quest {
 
-enum class DType { kBFloat16, kFloat16, kFloat32 };  // a GPU takes the first two
+// A CPU takes the first three, a GPU the first two and the last: e4m3, with bf16 outside the cache.
+enum class DType { kBFloat16, kFloat16, kFloat32, kFloat8 };
 
 struct KvCache {
   void* data;            // [num_blocks, num_kv_heads, block_rows, 2 * head_size] dtype
@@ -24,6 +26,12 @@ struct KvCache {
   int block_tokens;
   int page_size;
   int pages_per_block;
+};
+
+// What the elements of an fp8 cache are multiplied with, on the device. Null for other caches.
+struct KvScales {
+  const float* key;
+  const float* value;
 };
 
 // Decode rows: a query token each.
@@ -38,8 +46,8 @@ struct Rows {
 
 struct WriteKvParams {
   KvCache cache;
-  const void* key;              // [num_slots, num_kv_heads, head_size] dtype of the cache
-  const void* value;            // [num_slots, num_kv_heads, head_size] dtype of the cache
+  const void* key;              // [num_slots, num_kv_heads, head_size] dtype of the model
+  const void* value;            // [num_slots, num_kv_heads, head_size] dtype of the model
   const int64_t* slot_mapping;  // [num_slots] block * block_tokens + offset, or -1
   int64_t key_token_stride, key_head_stride;
   int64_t value_token_stride, value_head_stride;
@@ -50,7 +58,7 @@ struct WriteKvParams {
 struct ScoreParams {
   KvCache cache;
   Rows rows;
-  const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
+  const void* query;  // [num_rows, num_heads, head_size] dtype of the model
   float* scores;      // out: [num_rows, num_kv_heads, max_pages]
   int64_t query_row_stride, query_head_stride;
   int64_t scores_row_stride, scores_head_stride;
@@ -68,7 +76,7 @@ struct Masses {
 struct ScoreCodesParams {
   KvCache cache;
   Rows rows;
-  const void* query;  // [num_rows, num_heads, head_size] dtype of the cache
+  const void* query;  // [num_rows, num_heads, head_size] dtype of the model
   Masses masses;      // scratch
   float* scores;      // out: [num_rows, num_kv_heads, max_pages]
   int64_t query_row_stride, query_head_stride;
@@ -105,9 +113,9 @@ struct DecodeWorkspace {
 struct SparseDecodeParams {
   KvCache cache;
   Rows rows;
-  const void* query;     // [num_rows, num_heads, head_size] dtype of the cache
+  const void* query;     // [num_rows, num_heads, head_size] dtype of the model
   const int32_t* pages;  // [num_rows, num_kv_heads, max_selected]
-  void* out;             // out: [num_rows, num_heads, head_size] dtype of the cache
+  void* out;             // out: [num_rows, num_heads, head_size] dtype of the model
   DecodeWorkspace workspace;
   int64_t query_row_stride, query_head_stride;
   int64_t pages_row_stride, pages_head_stride;
@@ -116,7 +124,7 @@ struct SparseDecodeParams {
   float scale;
   float soft_cap;     // 0 for none
   int64_t* counters;  // [kNumCounters] added to, see counters.h; null for none
-  const void* sinks;  // [num_heads] dtype of the cache, logits without values; null for none
+  const void* sinks;  // [num_heads] dtype of the model, logits without values; null for none
 };
 
 struct ClusterDecodeParams {

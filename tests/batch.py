@@ -26,7 +26,18 @@ SINKS = [0.0, 3.0, -torch.inf, 60.0, -40.0, 6.0, -2.5]
 """Sinks of seven query heads in turn, so that groups differ: with ordinary weight, next to none,
 none, and nearly all weight."""
 
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+FP8 = reference.FP8
+
+KV_SCALES = (0.37, 1.9)
+"""Of the keys and of the values in an fp8 cache. Standard normal keys then fill its range from
+denormal numbers up; neither is a power of two."""
+
+UNIT_ROUNDOFF = {
+    FP8: 2.0**-4,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+}
 FP32_ROUNDOFF = UNIT_ROUNDOFF[torch.float32]
 
 
@@ -40,12 +51,21 @@ class Shape:
     page_size: int = 16
     pages_per_block: int = 1
     dtype: torch.dtype = torch.bfloat16
+    """Of the model."""
+
+    cache: torch.dtype | None = None
+    """Of the cache, if another one: fp8."""
+
     score: Score = "minmax"
     """What pages are scored by: `codes` needs blocks of whole groups."""
 
     is_strided: bool = False
     """Whether the cache is a slice of a larger one, as a layer's view of all layers' blocks is, and
     the query a slice of QKV."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.dtype if self.cache is None else self.cache
 
     @property
     def num_heads(self) -> int:
@@ -76,6 +96,7 @@ class Batch:
     soft_cap: float
     workspace: Tensor | None
     sinks: Tensor | None = None  # [num_heads]
+    scales: ops.KvScales | None = None  # for fp8 alone
     kept: dict[str, int] = field(default_factory=dict)
     """What `select` and `cluster_decode` keep before they choose, as their arguments."""
 
@@ -92,7 +113,8 @@ class Batch:
             tensors = {name: x for name, x in vars(of).items() if isinstance(x, Tensor)}
             return {name: x.to(device, copy=True) for name, x in tensors.items()}
 
-        return replace(self, rows=ops.Rows(**moved(self.rows)), **moved(self))
+        scales = None if self.scales is None else ops.KvScales(**moved(self.scales))
+        return replace(self, rows=ops.Rows(**moved(self.rows)), scales=scales, **moved(self))
 
     def fresh(self) -> "Batch":
         """The same rows with outputs that no operator has written to."""
@@ -148,7 +170,7 @@ class Batch:
             logits = {"scale": self.scale, "soft_cap": self.soft_cap}
             rows = (self.query, self.kv_cache, self.rows)
             ops.weigh_pages(*rows, self.masses, page_size=shape.page_size, **logits)
-        near = ops.max_cluster_pages(shape.group_size, shape.head_size, self.query.device)
+        near = max_near_pages(shape, self.query.device)
         ops.cluster_decode(
             self.query,
             self.kv_cache,
@@ -179,7 +201,14 @@ class Batch:
             "soft_cap": self.soft_cap,
             "score": self.shape.score,
             "sinks": self.sinks,
+            "scales": self.scales,
         }
+
+
+def max_near_pages(shape: Shape, device: torch.device) -> int:
+    """Pages a row may have in `cluster_decode` without far keys."""
+    is_fp8 = shape.cache_dtype == FP8
+    return ops.max_cluster_pages(shape.group_size, shape.head_size, device, is_fp8=is_fp8)
 
 
 def make_batch(
@@ -250,16 +279,24 @@ def make_batch(
         scale=shape.head_size**-0.5,
         soft_cap=soft_cap,
         sinks=of_heads,
+        scales=kv_scales(shape, device),
         workspace=ops.decode_workspace(shape.group_size, shape.head_size, device),
         **untouched_outputs(shape, rows),
     )
+
+
+def kv_scales(shape: Shape, device: torch.device) -> ops.KvScales | None:
+    """`KV_SCALES` for an fp8 cache."""
+    if shape.cache_dtype != FP8:
+        return None
+    return ops.KvScales(*(torch.tensor(scale, device=device) for scale in KV_SCALES))
 
 
 def empty_cache(shape: Shape, num_blocks: int, device: torch.device) -> Tensor:
     """A cache of NaN: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`."""
     layers = 3 if shape.is_strided else 1
     sizes = (num_blocks, layers, shape.num_kv_heads, shape.block_rows, 2 * shape.head_size)
-    return torch.full(sizes, torch.nan, dtype=shape.dtype, device=device)[:, layers // 2]
+    return torch.full(sizes, torch.nan, dtype=shape.cache_dtype, device=device)[:, layers // 2]
 
 
 def filled_blocks(shape: Shape, tokens: int, shift: float, generator: torch.Generator) -> Tensor:
@@ -275,7 +312,12 @@ def filled_blocks(shape: Shape, tokens: int, shift: float, generator: torch.Gene
     sizes = (num_blocks, shape.num_kv_heads, shape.block_tokens, 2 * shape.head_size)
     keys_values = torch.randn(*sizes, generator=generator)
     keys_values[..., : shape.head_size] += shift
-    blocks = torch.full((*sizes[:2], shape.block_rows, sizes[3]), torch.nan, dtype=shape.dtype)
+    if (scales := kv_scales(shape, CPU)) is not None:
+        key, value = keys_values.chunk(2, dim=-1)
+        parts = [reference.quantised(key, scales.key), reference.quantised(value, scales.value)]
+        keys_values = torch.cat(parts, dim=-1)
+    block_sizes = (*sizes[:2], shape.block_rows, sizes[3])
+    blocks = torch.full(block_sizes, torch.nan, dtype=shape.cache_dtype)
     blocks[:, :, : shape.block_tokens] = keys_values
     tokens_of_last_block = tokens - (num_blocks - 1) * shape.block_tokens
     blocks[-1, :, tokens_of_last_block:] = torch.nan
@@ -292,14 +334,15 @@ def write_bounds(shape: Shape, blocks: Tensor, tokens_of_last_block: int) -> Non
     """The bounds of all pages of a row's blocks; those of a page with a key of NaN are NaN."""
     keys = blocks[:, :, : shape.block_tokens, : shape.head_size].unflatten(2, (-1, shape.page_size))
     parts = [
-        torch.cat(reference.bounds_of(part, shape.score), dim=-1).to(shape.dtype)
+        reference.to_dtype(torch.cat(reference.bounds_of(part, shape.score), dim=-1), blocks.dtype)
         for part in keys.flatten(0, 2).split(PAGES_AT_ONCE)
     ]
     bounds = blocks[:, :, shape.block_tokens :]
     bounds.copy_(torch.cat(parts).view(bounds.shape))
     last = reference.num_pages(tokens_of_last_block, shape.page_size) - 1
     filled = keys[-1, :, last, : tokens_of_last_block - last * shape.page_size]
-    bounds[-1, :, last] = torch.cat(reference.bounds_of(filled, shape.score), dim=-1)
+    of_last = torch.cat(reference.bounds_of(filled, shape.score), dim=-1)
+    bounds[-1, :, last] = reference.to_dtype(of_last, blocks.dtype)
 
 
 def untouched_outputs(shape: Shape, rows: ops.Rows) -> dict[str, Tensor | None]:

@@ -372,7 +372,7 @@ WRITE_ERRORS = [
     (change(kv_cache=torch.zeros(3, 2, 9, 64)), "dtype: key must be Float, got BFloat16"),
     (
         change(kv_cache=torch.zeros(3, 2, 9, 64, dtype=torch.float64)),
-        "dtype: kv_cache must be BFloat16 or Half or Float, got Double",
+        "dtype: kv_cache must be BFloat16, Half or Float, got Double",
     ),
     (
         change(kv_cache=torch.zeros(3, 2, 10, 64).bfloat16()),

@@ -7,11 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch import SINKS, Batch, Shape, make_batch, rows_to_select
-from vllm_quest import reference
+from batch import FP8, SINKS, Batch, Shape, make_batch, rows_to_select
+from vllm_quest import ops, reference
 from vllm_quest.config import Score
 
 COVERING = 1000
+DTYPES = [
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"dtype": torch.float32},
+    {"dtype": torch.bfloat16, "cache": FP8},
+]
 
 
 @st.composite
@@ -23,7 +29,7 @@ def batches(draw: st.DrawFn, budget_pages: st.SearchStrategy[int]) -> Batch:
         group_size=draw(st.integers(1, 3)),
         page_size=page_size,
         pages_per_block=draw(st.integers(1, 3)),
-        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+        **draw(st.sampled_from(DTYPES)),
     )
     return make_batch(
         shape,
@@ -159,3 +165,19 @@ def test_bounds_are_taken_over_the_tokens_up_to_the_last_written() -> None:
     reference.write_kv(-key[1:2], key[1:2], cache, torch.tensor([9]), page_size=8)
     assert cache[1, 0, 8].tolist() == [-1.0] * 16 + [0.0] * 16
     assert (cache[0] == 9).all()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.7])
+def test_fp8_caches_hold_the_nearest_numbers_and_bounds_that_no_key_exceeds(scale: float) -> None:
+    numbers = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(FP8).double()
+    numbers = numbers[~numbers.isnan()]
+    key = 40 * torch.randn(16, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache = torch.full((1, 2, 17, 32), torch.nan).to(FP8)
+    scales = ops.KvScales(torch.tensor(scale), torch.tensor(2.0))
+    reference.write_kv(key, -key, cache, torch.arange(16), page_size=16, scales=scales)
+    keys, values = cache[0, :, :16].double().transpose(0, 1).chunk(2, dim=-1)
+    for stored, exact in ((keys, key.float() / scale), (values, -key.float() / 2)):
+        nearest = (exact.double()[..., None] - numbers).abs().amin(dim=-1)
+        assert torch.equal((exact.double() - stored).abs(), nearest)
+    low, high = cache[0, :, 16].double().chunk(2, dim=-1)
+    assert torch.equal(low, keys.amin(dim=0)) and torch.equal(high, keys.amax(dim=0))

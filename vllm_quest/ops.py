@@ -13,9 +13,11 @@ Dimension names, used in Python and C++ alike:
                    or, for the score `codes`, 9 for each group of 128 tokens (`layout`)
     max_pages      capacity in pages: max_blocks * block_tokens / page_size
 
-`kv_cache` is `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, fp16, bf16 or (CPU) fp32. Row
-r < block_tokens holds key|value of token r, row block_tokens + p holds minimum|maximum of the keys
-of page p. (block, head) pages are contiguous; the two outer strides are free.
+`kv_cache` is `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, fp16, bf16, fp32 (CPU) or fp8
+(float8_e4m3fn, GPU). The model's dtype is that of the cache; with fp8 it is bf16, and the cache has
+scales (`KvScales`). Row r < block_tokens holds key|value of token r, row block_tokens + p holds
+minimum|maximum of the keys of page p. (block, head) pages are contiguous; the two outer strides are
+free.
 
 For the score `codes` (`csrc/codes.h`), rows block_tokens + 9 g and the next 7 hold the codes of
 group g, tokens 128 g onwards: the 32-bit word w * 128 + t of them has channels 16 w to 16 w + 15 of
@@ -75,6 +77,24 @@ class Rows:
         return Rows(self.block_table[part], self.seq_lens[part], self.budget_pages[part])
 
 
+@dataclass(frozen=True)
+class KvScales:
+    """What the elements of an fp8 cache are multiplied with to be keys and values.
+
+    Read on the device, at every launch.
+    """
+
+    key: Tensor
+    """One number, fp32."""
+
+    value: Tensor
+    """One number, fp32."""
+
+
+def _both(scales: KvScales | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    return (None, None) if scales is None else (scales.key, scales.value)
+
+
 def write_kv(
     key: Tensor,
     value: Tensor,
@@ -83,8 +103,13 @@ def write_kv(
     *,
     page_size: int,
     score: Score = "minmax",
+    scales: KvScales | None = None,
 ) -> None:
     """Store keys and values in their slots, then recompute what pages are scored by.
+
+    An fp8 cache stores them divided by their scale, rounded to the nearest (ties to even), and at
+    most 448 in magnitude: the bits of vLLM's `reshape_and_cache_flash`. Bounds are of what is
+    stored, so minimum and maximum are exact.
 
     The bounds are taken anew over the page's filled tokens: those up to the last one written here.
     They are the keys' minimum|maximum, or, for the other scores, center - spread|center + spread,
@@ -100,29 +125,34 @@ def write_kv(
     The slots of one page are adjacent in `slot_mapping` and ascend, as vLLM makes them.
 
     Args:
-        key: `[num_tokens, num_kv_heads, head_size]`, dtype of the cache; last dimension contiguous.
-        value: `[num_tokens, num_kv_heads, head_size]`, dtype of the cache.
+        key: `[num_tokens, num_kv_heads, head_size]`, dtype of the model; last dimension contiguous.
+        value: `[num_tokens, num_kv_heads, head_size]`, dtype of the model.
         kv_cache: see the module; changed in place.
         slot_mapping: `[num_slots]` int64, block * block_tokens + offset; -1 is padding.
             num_slots <= num_tokens; further tokens are padding too.
         page_size: tokens per page.
         score: `minmax`, `mean_std` (mean and population standard deviation), `mid_dev` (middle
-            of minimum and maximum, and mean absolute deviation from it) or `codes`.
+            of minimum and maximum, and mean absolute deviation from it) or `codes`, which fp8 does
+            not have.
+        scales: of an fp8 cache.
 
     Raises:
         RuntimeError: an argument's device, dtype, layout or shape is not as above; so for every
             operator.
     """
-    torch.ops.vllm_quest.write_kv(key, value, kv_cache, slot_mapping, page_size, score)
+    torch.ops.vllm_quest.write_kv(
+        key, value, kv_cache, slot_mapping, page_size, score, *_both(scales)
+    )
 
 
 def score(query: Tensor, kv_cache: Tensor, rows: Rows, scores: Tensor, *, page_size: int) -> None:
     """Bound q·k from above for every page: the largest over the query heads that share a KV head.
 
-    QUEST, arXiv 2406.10774, section 3.3: Σ_d max(q_d · min_d, q_d · max_d). Unscaled.
+    QUEST, arXiv 2406.10774, section 3.3: Σ_d max(q_d · min_d, q_d · max_d). Unscaled; of an fp8
+    cache's elements as they are stored, since all pages have one scale.
 
     Args:
-        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        query: `[num_rows, num_heads, head_size]`, dtype of the model.
         kv_cache: see the module.
         rows: lengths, tables and budgets.
         scores: out, `[num_rows, num_kv_heads, >= max_pages]` fp32; only the first
@@ -153,7 +183,7 @@ def score_codes(
     page for its share.
 
     Args:
-        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        query: `[num_rows, num_heads, head_size]`, dtype of the model.
         kv_cache: see the module, written with the score `codes`.
         rows: lengths, tables and budgets.
         masses: scratch, `[num_rows, num_heads, >= layout.mass_columns]` fp32, whose rows begin at
@@ -197,7 +227,7 @@ def weigh_pages(
     their logits are exact.
 
     Args:
-        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        query: `[num_rows, num_heads, head_size]`, dtype of the model.
         kv_cache: see the module, written with the score `codes`.
         rows: lengths, tables and budgets.
         masses: out, `[num_rows, num_heads, >= layout.mass_columns]` fp32, whose rows begin at
@@ -270,11 +300,12 @@ def sparse_decode(
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
     score: Score = "minmax",
+    scales: KvScales | None = None,
 ) -> None:
     """Attend to the selected pages, or to all of a row that fits its budget.
 
     Args:
-        query: `[num_rows, num_heads, head_size]`, dtype of the cache.
+        query: `[num_rows, num_heads, head_size]`, dtype of the model.
         kv_cache: see the module.
         rows: lengths, tables and budgets.
         pages: `[num_rows, num_kv_heads, max_selected]` int32, from `select`.
@@ -282,12 +313,13 @@ def sparse_decode(
         page_size: tokens per page.
         scale: factor of q·k.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0 for none.
-        sinks: `[num_heads]`, dtype of the cache, finite or -inf: one more logit for each query
+        sinks: `[num_heads]`, dtype of the model, finite or -inf: one more logit for each query
             head, of a token whose value is 0. It is neither scaled nor capped. None: no sinks.
         workspace: from `decode_workspace`; the CPU needs none.
         counters: added to: `[5]` int64, contiguous, in the order of `counters.Counts`; None to
             count nothing.
         score: what the cache's pages are scored by: it tells a block's tokens from its other rows.
+        scales: of an fp8 cache.
     """
     torch.ops.vllm_quest.sparse_decode(
         query,
@@ -304,6 +336,7 @@ def sparse_decode(
         counters,
         score,
         sinks,
+        *_both(scales),
     )
 
 
@@ -325,6 +358,7 @@ def cluster_decode(
     keep_newest_percent: int = 0,
     score: Score = "minmax",
     masses: Tensor | None = None,
+    scales: KvScales | None = None,
 ) -> None:
     """Score, select and attend in one launch, on a GPU with clusters of CTAs.
 
@@ -366,20 +400,26 @@ def cluster_decode(
         score,
         sinks,
         masses,
+        *_both(scales),
     )
 
 
 def max_cluster_pages(
-    group_size: int, head_size: int, device: torch.device, *, far_keys: bool = False
+    group_size: int,
+    head_size: int,
+    device: torch.device,
+    *,
+    far_keys: bool = False,
+    is_fp8: bool = False,
 ) -> int:
     """Pages a row may have in `cluster_decode` on a device, without or with far keys.
 
-    0 if it does not run there.
+    `is_fp8`: the cache's dtype, which moves the limit a little. 0 if it does not run there.
     """
     if device.type == "cpu":
         return 0
     with torch.cuda.device(device):
-        return int(torch.ops.vllm_quest.max_cluster_pages(group_size, head_size, far_keys))
+        return int(torch.ops.vllm_quest.max_cluster_pages(group_size, head_size, far_keys, is_fp8))
 
 
 def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:

@@ -14,9 +14,10 @@ from vllm_quest import layout
 from vllm_quest.config import GROUP_TOKENS, Score
 
 if TYPE_CHECKING:
-    from vllm_quest.ops import Rows
+    from vllm_quest.ops import KvScales, Rows
 
 DTYPE = torch.float64
+FP8 = torch.float8_e4m3fn
 
 
 def tokens_per_block(kv_cache: Tensor, page_size: int, score: Score = "minmax") -> int:
@@ -59,7 +60,10 @@ def write_kv(
     *,
     page_size: int,
     score: Score = "minmax",
+    scales: "KvScales | None" = None,
 ) -> None:
+    if scales is not None:
+        key, value = quantised(key, scales.key), quantised(value, scales.value)
     block_tokens = tokens_per_block(kv_cache, page_size, score)
     last_written: dict[tuple[int, int], int] = {}  # (block, page of the block) -> token of the page
     full_groups: set[tuple[int, int]] = set()  # (block, group of the block)
@@ -81,6 +85,18 @@ def write_kv(
         update_bounds(kv_cache, block, page, token_of_page + 1, page_size, score)
 
 
+def quantised(values: Tensor, scale: Tensor) -> Tensor:
+    """Values as an fp8 cache stores them, at most its largest in magnitude."""
+    return to_dtype(values.float() / scale, FP8)
+
+
+def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to the nearest. What no fp8 number reaches becomes its largest."""
+    if dtype == FP8:
+        values = values.clamp(-torch.finfo(FP8).max, torch.finfo(FP8).max)
+    return values.to(dtype)
+
+
 def update_bounds(
     kv_cache: Tensor,
     block: int,
@@ -94,7 +110,8 @@ def update_bounds(
     head_size = kv_cache.shape[3] // 2
     first = page * page_size
     keys = kv_cache[block, :, first : first + num_tokens, :head_size]
-    kv_cache[block, :, block_tokens + page] = torch.cat(bounds_of(keys, score), -1)
+    bounds = torch.cat(bounds_of(keys, score), -1)
+    kv_cache[block, :, block_tokens + page] = to_dtype(bounds, kv_cache.dtype)
 
 
 def bounds_of(keys: Tensor, score: Score) -> tuple[Tensor, Tensor]:
@@ -299,6 +316,7 @@ def sparse_decode(
     workspace: Tensor | None = None,
     counters: Tensor | None = None,
     score: Score = "minmax",
+    scales: "KvScales | None" = None,
 ) -> None:
     num_rows, num_heads, _ = query.shape
     num_kv_heads = kv_cache.shape[1]
@@ -327,8 +345,18 @@ def sparse_decode(
             )
             heads = slice(head * group_size, (head + 1) * group_size)
             group_sinks = None if sinks is None else sinks[heads]
+            keys_values = unscaled(keys_values, scales)
             attention = attend(query[row, heads], keys_values, scale, soft_cap, group_sinks)
             out[row, heads] = attention.to(out.dtype)
+
+
+def unscaled(keys_values: Tensor, scales: "KvScales | None") -> Tensor:
+    """`[..., 2 * head_size]` of a cache as fp64 keys|values."""
+    keys_values = keys_values.to(DTYPE)
+    if scales is None:
+        return keys_values
+    key, value = keys_values.chunk(2, dim=-1)
+    return torch.cat([key * scales.key.to(DTYPE), value * scales.value.to(DTYPE)], dim=-1)
 
 
 def attend(
@@ -360,6 +388,7 @@ def full_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     score: Score = "minmax",
+    scales: "KvScales | None" = None,
 ) -> Tensor:
     """Attention over every token of every row, `[num_rows, num_heads, head_size]` fp64.
 
@@ -377,7 +406,7 @@ def full_attention(
         blocks = rows.block_table[row, : (seq_len + block_tokens - 1) // block_tokens].long()
         tokens = kv_cache[blocks, :, :block_tokens].transpose(1, 2).flatten(0, 1)[:seq_len]
         for head in range(num_heads):
-            keys_values = tokens[:, head // group_size]
+            keys_values = unscaled(tokens[:, head // group_size], scales)
             one = slice(head, head + 1)
             own_sink = None if sinks is None else sinks[one]
             out[row, one] = attend(query[row, one], keys_values, scale, soft_cap, own_sink)

@@ -19,12 +19,25 @@ constexpr int kSlab = 64;
 // A query group, padded to kGroupTiles * 8 heads, in the order in which lanes read it: element
 // [g][j][4 * r + c] is vector vec_of(j, c) of query head 8 * g + r.
 template <int kHeadSize, int kGroupTiles>
-using GroupQuery = Vec[kGroupTiles][Tile<kHeadSize>::kVecs][kWarpSize];
+using GroupVecs = Vec[kGroupTiles][kHeadSize / 32][kWarpSize];
+
+// The group for an fp8 cache: fp16, and what each head was divided by (divide_to_halves).
+template <int kHeadSize, int kGroupTiles>
+struct HalfGroupQuery {
+  GroupVecs<kHeadSize, kGroupTiles> vecs;
+  float divisor[8 * kGroupTiles];
+
+  __device__ const auto& operator[](int tile) const { return vecs[tile]; }
+};
+
+template <typename Stored, int kHeadSize, int kGroupTiles>
+using GroupQuery = std::conditional_t<kIsFp8<Stored>, HalfGroupQuery<kHeadSize, kGroupTiles>,
+                                      GroupVecs<kHeadSize, kGroupTiles>>;
 
 // All threads of a CTA load a query group, [group_size, head_size], with zeros for the heads that
 // pad it. It arrives in registers, so other work can begin before it is stored in shared memory.
 template <typename T, int kHeadSize, int kGroupTiles, int kThreads>
-class GroupQueryLoad {
+class SameGroupQueryLoad {
  public:
   __device__ void load(const T* query, int64_t head_stride, int group_size) {
 #pragma unroll
@@ -34,12 +47,13 @@ class GroupQueryLoad {
       const int head = tile * 8 + lane / 4;
       vecs_[k] = {};
       if (i < kTotal && head < group_size) {
-        vecs_[k] = load_once(query + head * head_stride + Vec::kElements * vec_of(j, lane % 4));
+        vecs_[k] =
+            load_once(query + head * head_stride + Vec::kElements * vec_of<T, kVecs>(j, lane % 4));
       }
     }
   }
 
-  __device__ void store(GroupQuery<kHeadSize, kGroupTiles>& to) const {
+  __device__ void store(GroupVecs<kHeadSize, kGroupTiles>& to) const {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       const int i = threadIdx.x + k * kThreads;
@@ -48,22 +62,61 @@ class GroupQueryLoad {
   }
 
  private:
-  static constexpr int kVecs = Tile<kHeadSize>::kVecs;
+  static constexpr int kVecs = kHeadSize / 32;
   static constexpr int kTotal = kGroupTiles * kVecs * kWarpSize;
   static constexpr int kPerThread = (kTotal + kThreads - 1) / kThreads;
 
   Vec vecs_[kPerThread];
 };
 
-template <typename T, int kHeadSize, int kGroupTiles>
+// For an fp8 cache a warp loads 8 heads, so that a head's lanes can tell what it is divided by.
+template <int kHeadSize, int kGroupTiles>
+class HalfGroupQueryLoad {
+ public:
+  __device__ void load(const __nv_bfloat16* query, int64_t head_stride, int group_size) {
+    const int lane = threadIdx.x % kWarpSize, head = tile() * 8 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) {
+      vecs_[j] = {};
+      if (head < group_size) {
+        vecs_[j] = load_once(query + head * head_stride +
+                             Vec::kElements * vec_of<Fp8, kVecs>(j, lane % 4));
+      }
+    }
+  }
+
+  __device__ void store(HalfGroupQuery<kHeadSize, kGroupTiles>& to) {
+    if (tile() >= kGroupTiles) return;
+    const int lane = threadIdx.x % kWarpSize;
+    to.divisor[tile() * 8 + lane / 4] = divide_to_halves(vecs_);
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) to.vecs[tile()][j][lane] = vecs_[j];
+  }
+
+ private:
+  static constexpr int kVecs = kHeadSize / 32;
+
+  static __device__ int tile() { return threadIdx.x / kWarpSize; }
+
+  Vec vecs_[kVecs];
+};
+
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles, int kThreads>
+using GroupQueryLoad =
+    std::conditional_t<kIsFp8<Stored>, HalfGroupQueryLoad<kHeadSize, kGroupTiles>,
+                       SameGroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads>>;
+
+// `Stored`: the type of the cache's elements.
+template <typename Stored, int kHeadSize, int kGroupTiles>
 class WarpAttention {
  public:
-  using Tile = quest::cuda::Tile<kHeadSize>;
+  using Query = GroupQuery<Stored, kHeadSize, kGroupTiles>;
+  using Tile = quest::cuda::Tile<Stored, kHeadSize>;
+  using Compute = typename CacheElement<Stored>::Compute;
   static constexpr int kVecs = Tile::kVecs, kSlabs = (kHeadSize + kSlab - 1) / kSlab;
 
   // `pitch`: bytes from group to group in the tiles.
-  __device__ WarpAttention(const GroupQuery<kHeadSize, kGroupTiles>& query, int pitch, float scale,
-                           float soft_cap)
+  __device__ WarpAttention(const Query& query, int pitch, float scale, float soft_cap)
       : query_(query),
         pitch_(pitch),
         scale_(scale),
@@ -133,20 +186,20 @@ class WarpAttention {
 #pragma unroll
     for (int tile = 0; tile < kGroupTiles; ++tile) {
       float sum[2][4] = {};  // Two sums shorten the chain of products.
-#pragma unroll 2             // Unrolled in full, head size 256 needs too many registers.
-      for (int first_j = 0; first_j < kVecs; first_j += 2) {
-        Vec first[2], second[2];  // rows r and r + 8
-        load_two<kVecs>(row, first_j, c_, r_ % 2, first);
-        load_two<kVecs>(row + 2 * Tile::kRowBytes, first_j, c_, r_ % 2, second);
+#pragma unroll kKeyUnroll    // Unrolled in full, head size 256 needs too many registers.
+      for (int first_j = 0; first_j < kVecs; first_j += RowVecs::kAtOnce) {
+        RowVecs first, second;  // rows r and r + 8
+        first.load(row, first_j, c_, r_ % 2);
+        second.load(row + 2 * Tile::kRowBytes, first_j, c_, r_ % 2);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
+        for (int k = 0; k < RowVecs::kAtOnce; ++k) {
           if (kVecs % 2 != 0 && first_j + k == kVecs) break;
           const Vec query = query_[tile][first_j + k][lane_];
-          const auto &x = first[k].word, &y = second[k].word;
+          const auto &x = first.vec(k), &y = second.vec(k);
 #pragma unroll
           for (int w = 0; w < 4; w += 2) {
-            const MatrixA keys = {{{x[w], x[w + 1]}, {y[w], y[w + 1]}}};
-            Element<T>::mma(sum[w / 2], keys, query.word[w], query.word[w + 1]);
+            const MatrixA keys = {{{x.word[w], x.word[w + 1]}, {y.word[w], y.word[w + 1]}}};
+            Element<Compute>::mma(sum[w / 2], keys, query.word[w], query.word[w + 1]);
           }
         }
       }
@@ -165,10 +218,11 @@ class WarpAttention {
       for (int k = 0; k < 4; ++k) {
         if (soft_cap_ > 0.0f) {
           // soft_cap * tanh(x * scale / soft_cap), by 1 - 2 / (1 + exp(2 ...)).
-          const float y = exp2_fast(x[k] * __fdividef(scale_, soft_cap_) * (2.0f * kLog2E));
+          const float y =
+              exp2_fast(x[k] * __fdividef(scale(tile, k % 2), soft_cap_) * (2.0f * kLog2E));
           x[k] = soft_cap_ * (1.0f - __fdividef(2.0f, 1.0f + y)) * kLog2E;
         } else {
-          x[k] *= scale_ * kLog2E;
+          x[k] *= scale(tile, k % 2) * kLog2E;
         }
         if (Tile::token_of_row(r_) + k / 2 * 2 >= remaining) x[k] = -INFINITY;
       }
@@ -194,8 +248,8 @@ class WarpAttention {
           }
         }
       }
-      weights[tile][0] = transpose_8x8(pack<T>(x[0], x[1]));
-      weights[tile][1] = transpose_8x8(pack<T>(x[2], x[3]));
+      weights[tile][0] = transpose_8x8(pack<Compute>(x[0], x[1]));
+      weights[tile][1] = transpose_8x8(pack<Compute>(x[2], x[3]));
     }
   }
 
@@ -209,25 +263,51 @@ class WarpAttention {
       const int vec =
           slab * kSlab / Vec::kElements + r_;  // Past the head's end its values are unused.
       const bool in_head = kHeadSize % kSlab == 0 || vec * Vec::kElements < kHeadSize;
-      Vec v[4];
+      using Packed = typename CacheElement<Stored>::Packed;
+      Packed v[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {  // rows 2c, 2c + 1, 2c + 8, 2c + 9
-        v[k] = reinterpret_cast<const Vec*>(rows + k * Tile::kRowBytes)[in_head ? vec : 0];
+        v[k] = reinterpret_cast<const Packed*>(rows + k * Tile::kRowBytes)[in_head ? vec : 0];
       }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const MatrixA values = {
-            {{pack_low(v[0].word[w], v[1].word[w]), pack_low(v[2].word[w], v[3].word[w])},
-             {pack_high(v[0].word[w], v[1].word[w]), pack_high(v[2].word[w], v[3].word[w])}}};
+        const MatrixA values = {{{firsts(v[0], v[1], w), firsts(v[2], v[3], w)},
+                                 {seconds(v[0], v[1], w), seconds(v[2], v[3], w)}}};
 #pragma unroll
         for (int tile = 0; tile < kGroupTiles; ++tile) {
-          Element<T>::mma(out_[tile][slab][w], values, weights[tile][0], weights[tile][1]);
+          Element<Compute>::mma(out_[tile][slab][w], values, weights[tile][0], weights[tile][1]);
         }
       }
     }
   }
 
-  const GroupQuery<kHeadSize, kGroupTiles>& query_;
+  // Elements 2w of two vectors, and elements 2w + 1.
+  static __device__ __forceinline__ uint32_t firsts(const Vec& x, const Vec& y, int w) {
+    return pack_low(x.word[w], y.word[w]);
+  }
+  static __device__ __forceinline__ uint32_t seconds(const Vec& x, const Vec& y, int w) {
+    return pack_high(x.word[w], y.word[w]);
+  }
+  static __device__ __forceinline__ uint32_t firsts(const Fp8Vec& x, const Fp8Vec& y, int w) {
+    return halves_of(both(x, y, w) & 0xffff);
+  }
+  static __device__ __forceinline__ uint32_t seconds(const Fp8Vec& x, const Fp8Vec& y, int w) {
+    return halves_of(both(x, y, w) >> 16);
+  }
+  static __device__ __forceinline__ uint32_t both(const Fp8Vec& x, const Fp8Vec& y, int w) {
+    return __byte_perm(x.word[w / 2], y.word[w / 2], w % 2 == 0 ? 0x5140 : 0x7362);
+  }
+
+  // The factor of a product of keys and query head 2c + k of a group tile.
+  __device__ float scale(int tile, int k) const {
+    if constexpr (kIsFp8<Stored>) return scale_ * query_.divisor[tile * 8 + 2 * c_ + k];
+    return scale_;
+  }
+
+  using RowVecs = quest::cuda::RowVecs<Stored, kVecs>;
+  static constexpr int kKeyUnroll = 4 / RowVecs::kAtOnce;
+
+  const Query& query_;
   const int pitch_;
   const float scale_, soft_cap_;
   const int lane_, r_, c_;

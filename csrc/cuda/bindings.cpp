@@ -66,11 +66,13 @@ void for_rows(int64_t num_rows, F f) {
 }
 
 void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                 const Tensor& slot_mapping, int64_t page_size, std::string score) {
+                 const Tensor& slot_mapping, int64_t page_size, std::string score,
+                 const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
   const char* op = "write_kv";
   const ScoreKind kind = check_score_kind(op, score);
   const Sizes sizes =
       check_write_kv(Device::kCuda, key, value, kv_cache, slot_mapping, page_size, kind);
+  const KvScales scales = check_scales(op, Device::kCuda, kv_cache, key_scale, value_scale);
   check_cache(op, kv_cache, sizes);
   check_aligned(op, {"key", key});
   check_aligned(op, {"value", value});
@@ -81,7 +83,7 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   if (sizes.num_slots == 0) return;
   const DeviceGuard guard(kv_cache.get_device_index());
   const WriteKvParams params = write_kv_params(key, value, kv_cache, slot_mapping, kind, sizes);
-  check_launch(op, write_kv(params, current_stream(kv_cache)));
+  check_launch(op, write_kv(params, scales, current_stream(kv_cache)));
   if (kind == ScoreKind::kCodes) check_launch(op, write_codes(params, current_stream(kv_cache)));
 }
 
@@ -242,13 +244,16 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
                       const Tensor& seq_lens, const Tensor& budget_pages, const Tensor& pages,
                       int64_t page_size, double scale, double soft_cap, const Tensor& out,
                       const std::optional<Tensor>& workspace, const std::optional<Tensor>& counters,
-                      std::string score, const std::optional<Tensor>& sinks) {
+                      std::string score, const std::optional<Tensor>& sinks,
+                      const std::optional<Tensor>& key_scale,
+                      const std::optional<Tensor>& value_scale) {
   const char* op = "sparse_decode";
   Sizes sizes;
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
                     soft_cap, out, workspace, counters, sinks, check_score_kind(op, score), sizes);
   check_selected(op, Device::kCuda, kv_cache, pages, sizes);
+  const KvScales scales = check_scales(op, Device::kCuda, kv_cache, key_scale, value_scale);
   params.pages_row_stride = pages.stride(0);
   params.pages_head_stride = pages.stride(1);
   const DeviceGuard guard(kv_cache.get_device_index());
@@ -257,7 +262,7 @@ void sparse_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor&
     params.query = row_of<void>(query, row);
     params.pages = int32s(pages, row);
     params.out = row_of<void>(out, row);
-    check_launch(op, sparse_decode(params, current_stream(kv_cache)));
+    check_launch(op, sparse_decode(params, scales, current_stream(kv_cache)));
   });
 }
 
@@ -268,7 +273,8 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                        const std::optional<Tensor>& counters, const std::optional<Tensor>& far_keys,
                        bool follows_write_kv, int64_t keep_first_pages, int64_t keep_newest_percent,
                        std::string score, const std::optional<Tensor>& sinks,
-                       const std::optional<Tensor>& masses) {
+                       const std::optional<Tensor>& masses, const std::optional<Tensor>& key_scale,
+                       const std::optional<Tensor>& value_scale) {
   const char* op = "cluster_decode";
   const ScoreKind kind = check_score_kind(op, score);
   const Kept kept = check_kept(op, keep_first_pages, keep_newest_percent);
@@ -276,6 +282,7 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
   SparseDecodeParams params =
       decode_params(op, query, kv_cache, block_table, seq_lens, budget_pages, page_size, scale,
                     soft_cap, out, workspace, counters, sinks, kind, sizes);
+  const KvScales scales = check_scales(op, Device::kCuda, kv_cache, key_scale, value_scale);
   const bool has_masses = kind == ScoreKind::kCodes;
   QUEST_CHECK(has_masses == masses.has_value(), op, "values",
               "masses, from weigh_pages, belong to the score codes alone, got score ", score,
@@ -319,12 +326,14 @@ void cluster_decode_op(const Tensor& query, const Tensor& kv_cache, const Tensor
                                  .masses = has_masses ? masses_of(*masses, sizes, row) : Masses{},
                                  .kept = kept,
                                  .follows_write_kv = follows_write_kv && row == 0},
-                                keys, current_stream(kv_cache)));
+                                keys, scales, current_stream(kv_cache)));
   });
 }
 
-int64_t max_cluster_pages_op(int64_t group_size, int64_t head_size, bool has_far_keys) {
+int64_t max_cluster_pages_op(int64_t group_size, int64_t head_size, bool has_far_keys,
+                             bool is_fp8) {
   KvCache cache = {};
+  cache.dtype = is_fp8 ? DType::kFloat8 : DType::kBFloat16;
   cache.head_size = static_cast<int>(head_size);
   return max_cluster_pages(cache, static_cast<int>(group_size), has_far_keys);
 }
@@ -340,11 +349,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_quest, library) {
       "Tensor budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) out, "
       "Tensor(b!)? workspace=None, Tensor(c!)? counters=None, Tensor(d!)? far_keys=None, "
       "bool follows_write_kv=False, int keep_first_pages=0, int keep_newest_percent=0, "
-      "str score=\"minmax\", Tensor? sinks=None, Tensor? masses=None) -> ()");
+      "str score=\"minmax\", Tensor? sinks=None, Tensor? masses=None, Tensor? key_scale=None, "
+      "Tensor? value_scale=None) -> ()");
   library.def(
       "weigh_pages(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
       "budget_pages, int page_size, float scale, float soft_cap, Tensor(a!) masses) -> ()");
-  library.def("max_cluster_pages(int group_size, int head_size, bool far_keys=False) -> int");
+  library.def(
+      "max_cluster_pages(int group_size, int head_size, bool far_keys=False, bool is_fp8=False) "
+      "-> int");
   library.def("cuda_archs() -> str");
 }
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "fp8.cuh"
 #include "kernels.h"
 
 namespace quest::cuda {
@@ -53,41 +54,56 @@ int shared_memory_for(void (*kernel)(Params...), int ctas_per_multiprocessor) {
   return error == cudaSuccess ? bytes : 0;
 }
 
-// What a kernel is compiled for: the element type, the head size, and the number of tiles of 8
-// query heads to which a query group is padded.
-template <typename T, int kHead, int kTiles>
+// What a kernel is compiled for: the model's element type and the cache's, the head size, and the
+// number of tiles of 8 query heads to which a query group is padded.
+template <typename T, typename S, int kHead, int kTiles>
 struct Shape {
   using Type = T;
+  using Stored = S;
   static constexpr int kHeadSize = kHead, kGroupTiles = kTiles;
 };
 
-template <typename T, int kHeadSize, typename F>
+template <typename T, typename Stored, int kHeadSize, typename F>
 cudaError_t for_group(int group_size, F f) {
-  return group_size <= 8 ? f(Shape<T, kHeadSize, 1>()) : f(Shape<T, kHeadSize, 2>());
+  return group_size <= 8 ? f(Shape<T, Stored, kHeadSize, 1>())
+                         : f(Shape<T, Stored, kHeadSize, 2>());
 }
 
-template <typename T, typename F>
+template <typename T, typename Stored, typename F>
 cudaError_t for_head_size(int head_size, int group_size, F f) {
   switch (head_size) {
     case 64:
-      return for_group<T, 64>(group_size, f);
+      return for_group<T, Stored, 64>(group_size, f);
     case 96:
-      return for_group<T, 96>(group_size, f);
+      return for_group<T, Stored, 96>(group_size, f);
     case 128:
-      return for_group<T, 128>(group_size, f);
+      return for_group<T, Stored, 128>(group_size, f);
     case 256:
-      return for_group<T, 256>(group_size, f);
+      return for_group<T, Stored, 256>(group_size, f);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
-// Calls f(Shape<...>()) for the shape of a model's attention.
+// Calls f(Shape<...>()) for the shape of a model's attention with an fp8 cache.
+template <typename F>
+cudaError_t for_fp8_shape(const KvCache& cache, int group_size, F f) {
+  return for_head_size<__nv_bfloat16, Fp8>(cache.head_size, group_size, f);
+}
+
+// Calls f(Shape<...>()) for the shape of a model's attention with a cache of 16 bits.
 template <typename F>
 cudaError_t for_shape(const KvCache& cache, int group_size, F f) {
   return cache.dtype == DType::kBFloat16
-             ? for_head_size<__nv_bfloat16>(cache.head_size, group_size, f)
-             : for_head_size<__half>(cache.head_size, group_size, f);
+             ? for_head_size<__nv_bfloat16, __nv_bfloat16>(cache.head_size, group_size, f)
+             : for_head_size<__half, __half>(cache.head_size, group_size, f);
+}
+
+// Of both.
+template <typename F>
+cudaError_t for_any_shape(const KvCache& cache, int group_size, F f) {
+  return cache.dtype == DType::kFloat8 ? for_fp8_shape(cache, group_size, f)
+                                       : for_shape(cache, group_size, f);
 }
 
 }  // namespace quest::cuda

@@ -1,6 +1,7 @@
 // score: an upper bound of q·k for every page of the rows over their budget.
 //
-// Bytes: 4 * head_size per page and KV head, each read once. All other traffic is small.
+// Bytes: 4 * head_size per page and KV head, or 2 * head_size in fp8, each read once. All other
+// traffic is small.
 #include "device.cuh"
 #include "launch.cuh"
 #include "schedule.cuh"
@@ -13,14 +14,15 @@ namespace {
 // 64 rows of 16K tokens on an H200: 75 us with 2 CTAs of 1 stage, 83 us with 1 CTA of 3 stages, 79
 // us with 1 CTA of 1 stage, 81 us with 3 CTAs of 1 stage.
 constexpr int kMaxCtasPerMultiprocessor = 2;
-constexpr int kStages = 1;  // tiles in a warp's ring
 
 // Each warp has a ring of tiles in shared memory, the bounds of 16 pages each. While it scores a
 // tile, it looks up where its next one lies, and other warps' tiles are being copied.
-template <typename T, int kHeadSize, int kGroupTiles>
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles>
 class Score {
  public:
-  using Tile = BoundsTile<kHeadSize>;
+  using Tile = BoundsTile<Stored, kHeadSize>;
+  // Tiles in a warp's ring: as many bytes, whatever an element has.
+  static constexpr int kStages = sizeof(__half) / sizeof(Stored);
   static constexpr int kVecs = kHeadSize / 32, kWarps = kWarpsFor<kHeadSize>;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr bool kPadded = false;  // Dense tiles are copied faster, which counts here.
@@ -91,7 +93,7 @@ class Score {
     const int first_page = (number - next_.first) * kChunkPages + warp_ * kTilePages;
     has_next_ = first_page < pages;
     if (!has_next_) return;
-    const int page = bounds_page<kHeadSize>(first_page, pages);
+    const int page = bounds_page<Stored, kHeadSize>(first_page, pages);
     next_page_ = page % p_.cache.pages_per_block;
     next_block_ = load_once(p_.rows.block_table + next_.row * p_.rows.block_table_stride +
                             page / p_.cache.pages_per_block);
@@ -100,8 +102,8 @@ class Score {
   // Issue the copies of this warp's tile of a chunk.
   __device__ void copy_tile(int number) {
     if (has_next_) {
-      copy_bounds<T, kHeadSize>(tile(write_end_), kPadded, p_.cache, next_.head, next_block_,
-                                next_page_, memory_.arrived[warp_][write_end_.stage]);
+      copy_bounds<Stored, kHeadSize>(tile(write_end_), kPadded, p_.cache, next_.head, next_block_,
+                                     next_page_, memory_.arrived[warp_][write_end_.stage]);
       write_end_.advance(kStages);
     }
     look_up(number + 1);
@@ -116,15 +118,23 @@ class Score {
                        head * p_.query_head_stride;
 #pragma unroll
       for (int j = 0; j < kVecs; ++j) {
-        query_[tile][j] = load_once(query + Vec::kElements * vec_of(j, c_));
+        query_[tile][j] = load_once(query + Vec::kElements * vec_of<Stored, kVecs>(j, c_));
+      }
+      if constexpr (kIsFp8<Stored>) {
+        const float of_head = divide_to_halves(query_[tile]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          divisor_[tile][k] = __shfl_sync(kAllLanes, of_head, 4 * (2 * c_ + k));
+        }
       }
     }
   }
 
   __device__ void score_tile(const unsigned char* tile, const Segment& segment, int first_page,
                              int pages) const {
-    const float2 scores = score_pages<T, kHeadSize, kGroupTiles, kVecs, kPadded>(
-        tile, [&](int group, int j) { return query_[group][j]; });
+    const float2 scores = score_pages<Stored, kHeadSize, kGroupTiles, kVecs, kPadded>(
+        tile, [&](int group, int j) { return query_[group][j]; },
+        [&](int group, int k) { return divisor_[group][k]; });
     // Lanes with c = 0 write the scores of the tile's first 8 pages, with c = 1 the others.
     const int page = first_page + 8 * c_ + Tile::page_of_row(r_);
     if (c_ < 2 && page < pages) {
@@ -146,19 +156,21 @@ class Score {
   int next_block_ = 0, next_page_ = 0;  // this lane's page of that tile: block, number in the block
 
   Vec query_[kGroupTiles][kVecs];  // query head r of each group tile
+  float divisor_[kGroupTiles][2];  // of query heads 2c, 2c + 1, for an fp8 cache
 };
 
-template <typename T, int kHeadSize, int kGroupTiles>
-__global__ void __launch_bounds__(Score<T, kHeadSize, kGroupTiles>::kThreads,
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles>
+__global__ void __launch_bounds__(Score<T, Stored, kHeadSize, kGroupTiles>::kThreads,
                                   kMaxCtasPerMultiprocessor)
     score_kernel(const __grid_constant__ ScoreParams p) {
   // grid: [CTAs that the GPU holds]; a CTA scores its part of all chunks, a warp one tile of each.
-  using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
+  using Score = quest::cuda::Score<T, Stored, kHeadSize, kGroupTiles>;
   extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<typename Score::Memory*>(shared_memory);
   unsigned char* tiles = shared_memory + sizeof(memory);
   int* row_end = reinterpret_cast<int*>(tiles + Score::kTilesBytes);
 
+  constexpr int kStages = Score::kStages;
   if (threadIdx.x < Score::kWarps * kStages) {
     memory.arrived[threadIdx.x / kStages][threadIdx.x % kStages].init();
   }
@@ -181,10 +193,10 @@ int ctas_per_multiprocessor(void (*kernel)(Params...), int shared_bytes) {
   return ctas;
 }
 
-template <typename T, int kHeadSize, int kGroupTiles>
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles>
 cudaError_t launch_score(const ScoreParams& params, cudaStream_t stream) {
-  using Score = quest::cuda::Score<T, kHeadSize, kGroupTiles>;
-  const auto kernel = score_kernel<T, kHeadSize, kGroupTiles>;
+  using Score = quest::cuda::Score<T, Stored, kHeadSize, kGroupTiles>;
+  const auto kernel = score_kernel<T, Stored, kHeadSize, kGroupTiles>;
   static const int ctas = ctas_per_multiprocessor(kernel, Score::shared_bytes(kMaxRows));
   if (ctas == 0) return cudaErrorInvalidConfiguration;
   return launch(kernel, ctas * num_multiprocessors(), Score::kThreads,
@@ -194,9 +206,10 @@ cudaError_t launch_score(const ScoreParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t score(const ScoreParams& params, cudaStream_t stream) {
-  return for_shape(params.cache, params.group_size, [&](auto shape) {
+  return for_any_shape(params.cache, params.group_size, [&](auto shape) {
     using S = decltype(shape);
-    return launch_score<typename S::Type, S::kHeadSize, S::kGroupTiles>(params, stream);
+    return launch_score<typename S::Type, typename S::Stored, S::kHeadSize, S::kGroupTiles>(params,
+                                                                                            stream);
   });
 }
 

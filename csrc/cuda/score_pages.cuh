@@ -17,9 +17,9 @@ constexpr int kTilePages = 16;
 // the line after the one before it. A padded group begins half a line later, so that lanes with
 // neighbouring r read different places: scoring is shorter, but copies are slower. See DESIGN.md,
 // "Lines of 128 bytes".
-template <int kHeadSize>
+template <typename Stored, int kHeadSize>
 struct BoundsTile {
-  static constexpr int kRowBytes = 4 * kHeadSize;  // minimum and maximum
+  static constexpr int kRowBytes = 2 * kHeadSize * sizeof(Stored);  // minimum and maximum
   static constexpr int kGroupPages = 4;
   static constexpr int kGroups = kTilePages / kGroupPages;
   static constexpr int kDenseBytes = kTilePages * kRowBytes;
@@ -40,23 +40,23 @@ struct BoundsTile {
 
 // The page of a tile that lane l < 16 looks up. Pages from `num_pages` on do not exist; the first
 // page of the last group stands in for them.
-template <int kHeadSize>
+template <typename Stored, int kHeadSize>
 __device__ __forceinline__ int bounds_page(int first_page, int num_pages) {
-  constexpr int kGroupPages = BoundsTile<kHeadSize>::kGroupPages;
+  constexpr int kGroupPages = BoundsTile<Stored, kHeadSize>::kGroupPages;
   const int page = first_page + static_cast<int>(threadIdx.x) % kTilePages;
   return page < num_pages ? page : (num_pages - 1) / kGroupPages * kGroupPages;
 }
 
 // Issue the copies of a warp's tile of bounds. Lane l < 16 gives the l-th page: its block, and its
 // number in the block. The barrier's phase ends when the tile has arrived.
-template <typename T, int kHeadSize>
+template <typename Stored, int kHeadSize>
 __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, bool padded,
                                             const KvCache& cache, int kv_head, int block,
                                             int page_in_block, Barrier& barrier) {
-  using Tile = BoundsTile<kHeadSize>;
-  const T* from = static_cast<const T*>(cache.data) + block * cache.block_stride +
-                  kv_head * cache.head_stride +
-                  (cache.block_tokens + page_in_block) * 2 * kHeadSize;
+  using Tile = BoundsTile<Stored, kHeadSize>;
+  const Stored* from = static_cast<const Stored*>(cache.data) + block * cache.block_stride +
+                       kv_head * cache.head_stride +
+                       (cache.block_tokens + page_in_block) * 2 * kHeadSize;
   const int lane = threadIdx.x % kWarpSize;
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
 #if __CUDA_ARCH__ >= 900
@@ -82,43 +82,48 @@ __device__ __forceinline__ void copy_bounds(unsigned char* to_shared, bool padde
 // Score the 16 pages of a warp's tile. In lane 4 * r + c, `query(g, j)` is vector vec_of(j, c) of
 // query head 8 * g + r; smaller groups repeat a head, which leaves the maximum over heads the same.
 // All lanes with the same r return the scores of page page_of_row(r) (x) and of the 8th page after
-// it (y).
-template <typename T, int kHeadSize, int kGroupTiles, int kUnroll, bool kPadded, typename Query>
-__device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query) {
-  using Tile = BoundsTile<kHeadSize>;
+// it (y). For an fp8 cache `divisor(g, k)` is what query head 8 * g + 2 * c + k was divided by
+// (divide_to_halves).
+template <typename Stored, int kHeadSize, int kGroupTiles, int kUnroll, bool kPadded,
+          typename Query, typename Divisor>
+__device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query query,
+                                              Divisor divisor) {
+  using Tile = BoundsTile<Stored, kHeadSize>;
   constexpr int kVecs = kHeadSize / 32;
+  using RowVecs = quest::cuda::RowVecs<Stored, kVecs>;
+  using Compute = typename CacheElement<Stored>::Compute;
   // Multiply: minima with low, maxima with high.
   const int lane = threadIdx.x % kWarpSize, r = lane / 4, c = lane % 4;
   const bool is_swapped = !kPadded && r % 2 != 0;
   float sum[kGroupTiles][2][4] = {};  // Two sums shorten the chain of products.
 #pragma unroll kUnroll
-  for (int first_j = 0; first_j < kVecs; first_j += 2) {
-    Vec bounds[2][2][2];  // [row r or r + 8][minima or maxima][vector]
+  for (int first_j = 0; first_j < kVecs; first_j += RowVecs::kAtOnce) {
+    RowVecs bounds[2][2];  // [row r or r + 8][minima or maxima]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int bound = 0; bound < 2; ++bound) {
         const unsigned char* row = tile + Tile::offset(Tile::page_of_row(r) + 8 * half, kPadded) +
                                    bound * Tile::kRowBytes / 2;
-        load_two<kVecs>(row, first_j, c, is_swapped, bounds[half][bound]);
+        bounds[half][bound].load(row, first_j, c, is_swapped);
       }
     }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < RowVecs::kAtOnce; ++k) {
       if (kVecs % 2 != 0 && first_j + k == kVecs) break;
 #pragma unroll
       for (int group = 0; group < kGroupTiles; ++group) {
         const Vec q = query(group, first_j + k);
 #pragma unroll
         for (int bound = 0; bound < 2; ++bound) {
-          const auto &x = bounds[0][bound][k].word, &y = bounds[1][bound][k].word;
+          const auto &x = bounds[0][bound].vec(k), &y = bounds[1][bound].vec(k);
           const auto part = [&](uint32_t pair) {
-            return bound == 0 ? min_pair<T>(pair, 0) : max_pair<T>(pair, 0);
+            return bound == 0 ? min_pair<Compute>(pair, 0) : max_pair<Compute>(pair, 0);
           };
 #pragma unroll
           for (int w = 0; w < 4; w += 2) {
-            const MatrixA a = {{{x[w], x[w + 1]}, {y[w], y[w + 1]}}};
-            Element<T>::mma(sum[group][bound], a, part(q.word[w]), part(q.word[w + 1]));
+            const MatrixA a = {{{x.word[w], x.word[w + 1]}, {y.word[w], y.word[w + 1]}}};
+            Element<Compute>::mma(sum[group][bound], a, part(q.word[w]), part(q.word[w + 1]));
           }
         }
       }
@@ -134,7 +139,9 @@ __device__ __forceinline__ float2 score_pages(const unsigned char* tile, Query q
     for (int group = 0; group < kGroupTiles; ++group) {
 #pragma unroll
       for (int k = 2 * half; k < 2 * half + 2; ++k) {
-        score[half] = fmaxf(score[half], sum[group][0][k] + sum[group][1][k]);
+        float of_head = sum[group][0][k] + sum[group][1][k];
+        if constexpr (kIsFp8<Stored>) of_head *= divisor(group, k % 2);
+        score[half] = fmaxf(score[half], of_head);
       }
     }
     score[half] = fmaxf(score[half], __shfl_xor_sync(kAllLanes, score[half], 1));

@@ -22,22 +22,23 @@
 
 namespace quest::cuda {
 
-template <int kHead, int kGroupTiles>
+template <typename Stored, int kHead, int kGroupTiles>
 struct SplitSizes {
   static constexpr int kHeadSize = kHead;
   static constexpr int kWarps = kWarpsFor<kHeadSize>;
-  static constexpr int kMaxStages = 3;  // tiles in a warp's ring
+  // Tiles in a warp's ring: as many bytes, whatever an element has.
+  static constexpr int kMaxStages = 3 * sizeof(__half) / sizeof(Stored);
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kChunkTokens = kWarps * kTileTokens;
   static constexpr int kHeads = 8 * kGroupTiles;  // query heads of a padded group
   static constexpr int kSlabPitch = kSlab + 4;    // floats; the padding avoids bank conflicts
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
-  static constexpr int kTileBytes = Tile<kHeadSize>::kBytes;
+  static constexpr int kTileBytes = Tile<Stored, kHeadSize>::kBytes;
 };
 
-template <typename S, int kGroupTiles>
+template <typename S, typename Stored, int kGroupTiles>
 struct SplitMemory {
-  GroupQuery<S::kHeadSize, kGroupTiles> query;
+  GroupQuery<Stored, S::kHeadSize, kGroupTiles> query;
   Barrier arrived[S::kWarps][S::kMaxStages];  // a warp's tiles
 
   // The warps' results for one (row, KV head). The two halves of their softmax states lie apart.
@@ -47,19 +48,21 @@ struct SplitMemory {
   bool is_last;
 };
 
-template <typename T, int kHeadSize, int kGroupTiles>
-class SplitDecode {
+// `T`: the type of query and output. `Stored`: that of the cache's elements.
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles>
+class SplitDecode : CacheScales<Stored> {
  public:
-  using S = SplitSizes<kHeadSize, kGroupTiles>;
-  using Memory = SplitMemory<S, kGroupTiles>;
+  using S = SplitSizes<Stored, kHeadSize, kGroupTiles>;
+  using Memory = SplitMemory<S, Stored, kGroupTiles>;
   static constexpr int kChunkTokens = S::kChunkTokens, kSlabs = S::kSlabs, kThreads = S::kThreads;
   static constexpr int kWarps = S::kWarps;
-  using Tile = quest::cuda::Tile<kHeadSize>;
+  using Tile = quest::cuda::Tile<Stored, kHeadSize>;
 
   // `tiles`: [stages, kWarps] rings in shared memory.
-  __device__ SplitDecode(const SparseDecodeParams& p, Memory& memory, unsigned char* tiles,
-                         int stages, const Schedule& schedule, int cta)
-      : p_(p),
+  __device__ SplitDecode(const SparseDecodeParams& p, const KvScales& scales, Memory& memory,
+                         unsigned char* tiles, int stages, const Schedule& schedule, int cta)
+      : CacheScales<Stored>(scales),
+        p_(p),
         memory_(memory),
         tiles_(tiles),
         stages_(stages),
@@ -72,7 +75,7 @@ class SplitDecode {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        warp_attention_(memory.query, Tile::kPaddedPitch, p.scale, p.soft_cap) {}
+        warp_attention_(memory.query, Tile::kPaddedPitch, this->of_logits(p.scale), p.soft_cap) {}
 
   // Attend to this CTA's chunks, [begin, end).
   __device__ void run() {
@@ -110,8 +113,9 @@ class SplitDecode {
   // CTA `cta` of `num_ctas` attends to its chunks of the rows that `is_ours` accepts. Shared memory
   // holds [Memory, tiles [stages, kWarps], row_end [num_rows]].
   template <typename IsOurs>
-  static __device__ void attend(const SparseDecodeParams& p, unsigned char* shared_memory,
-                                int stages, int cta, int num_ctas, IsOurs is_ours) {
+  static __device__ void attend(const SparseDecodeParams& p, const KvScales& scales,
+                                unsigned char* shared_memory, int stages, int cta, int num_ctas,
+                                IsOurs is_ours) {
     auto& memory = *reinterpret_cast<Memory*>(shared_memory);
     unsigned char* tiles = shared_memory + sizeof(memory);
     int* row_end = reinterpret_cast<int*>(tiles + stages * kWarps * S::kTileBytes);
@@ -138,7 +142,7 @@ class SplitDecode {
       }
     }
     if (schedule.begin(cta) < schedule.begin(cta + 1)) {
-      SplitDecode(p, memory, tiles, stages, schedule, cta).run();
+      SplitDecode(p, scales, memory, tiles, stages, schedule, cta).run();
     }
   }
 
@@ -188,16 +192,16 @@ class SplitDecode {
     const int half = lane_ / kHalfTokens % 2, filled = rest - half * kHalfTokens;
     const int64_t start = __shfl_sync(kAllLanes, planned_start_, filled > 0 ? lane + half : lane);
     const int token = filled > 0 ? min(lane_ % kHalfTokens, filled - 1) : 0;
-    copy_tile_of<kHeadSize>(tiles_ + (write_end_.stage * kWarps + warp_) * S::kTileBytes,
-                            Tile::kPaddedPitch,
-                            static_cast<const T*>(p_.cache.data) + start + token * Tile::kRowSize,
-                            rest >= kTileTokens, memory_.arrived[warp_][write_end_.stage]);
+    copy_tile_of<Stored, kHeadSize>(
+        tiles_ + (write_end_.stage * kWarps + warp_) * S::kTileBytes, Tile::kPaddedPitch,
+        static_cast<const Stored*>(p_.cache.data) + start + token * Tile::kRowSize,
+        rest >= kTileTokens, memory_.arrived[warp_][write_end_.stage]);
     write_end_.advance(stages_);
   }
 
   // Begin with a (row, KV head): load its query and forget all tokens.
   __device__ void start(const Segment& segment) {
-    GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query;
+    GroupQueryLoad<T, Stored, kHeadSize, kGroupTiles, kThreads> query;
     query.load(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
                    segment.head * p_.group_size * p_.query_head_stride,
                p_.query_head_stride, p_.group_size);
@@ -347,7 +351,7 @@ class SplitDecode {
   __device__ void write_out(const Segment& segment, int head, int dim, float x, float sum) const {
     T* out = static_cast<T*>(p_.out) + segment.row * p_.out_row_stride +
              (segment.head * p_.group_size + head) * p_.out_head_stride + dim;
-    *out = Element<T>::from_float(sum == 0.0f ? 0.0f : x / sum);
+    *out = Element<T>::from_float(sum == 0.0f ? 0.0f : x / sum * this->of_values());
   }
 
   const SparseDecodeParams& p_;
@@ -365,7 +369,7 @@ class SplitDecode {
 
   const int lane_, warp_, r_, c_;
 
-  WarpAttention<T, kHeadSize, kGroupTiles> warp_attention_;
+  WarpAttention<Stored, kHeadSize, kGroupTiles> warp_attention_;
 };
 
 }  // namespace quest::cuda

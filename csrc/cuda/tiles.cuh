@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "device.cuh"
+#include "fp8.cuh"
 
 namespace quest::cuda {
 
@@ -21,12 +22,21 @@ constexpr int kWarpsFor = kHeadSize <= 128 ? 8 : 4;
 // parts, which costs up to a quarter of the throughput. See DESIGN.md, "Lines of 128 bytes".
 constexpr int kLineBytes = 128;
 
-// The vector of 16 bytes, in a key or in half of a page's bounds, that lane 4 * r + c multiplies
-// j-th. Fragments of the matrix product hold permuted columns. The query is loaded with the same
-// permutation, so q·k is unchanged.
-__device__ constexpr int vec_of(int j, int c) { return j * 4 + c; }
+// The 16 bytes of a row that lane 4 * r + c loads j-th. As an expression of its callers, ptxas 13.0
+// assigns other registers.
+__device__ constexpr int line_vec(int j, int c) { return j * 4 + c; }
 
-// Load a lane's j-th and next vectors of a row, where both exist. Where rows lie a multiple of
+// The vector of 8 elements, in a key or in half of a page's bounds, that lane 4 * r + c multiplies
+// j-th, of kVecs. Fragments of the matrix product hold permuted columns. The query is loaded with
+// the same permutation, so q·k is unchanged. A lane loads 16 bytes at once, which are two vectors
+// of fp8; where their number is odd, the last is alone.
+template <typename Stored, int kVecs>
+__device__ constexpr int vec_of(int j, int c) {
+  if (!kIsFp8<Stored> || (kVecs % 2 != 0 && j == kVecs - 1)) return line_vec(j, c);
+  return j / 2 * 8 + 2 * c + j % 2;
+}
+
+// Load a lane's j-th and next 16 bytes of a row, where both exist. Where rows lie a multiple of
 // kLineBytes apart, lanes of odd rows read the next vector first (`is_swapped`): neighbouring lanes
 // then read different places of a line.
 template <int kVecs>
@@ -34,31 +44,74 @@ __device__ __forceinline__ void load_two(const unsigned char* row, int j, int c,
                                          Vec (&two)[2]) {
   const auto* vecs = reinterpret_cast<const Vec*>(row);
   if (kVecs % 2 == 0 || j + 1 < kVecs) {
-    const Vec first = vecs[vec_of(j + is_swapped, c)], second = vecs[vec_of(j + !is_swapped, c)];
+    const Vec first = vecs[line_vec(j + is_swapped, c)],
+              second = vecs[line_vec(j + !is_swapped, c)];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       two[0].word[w] = is_swapped ? second.word[w] : first.word[w];
       two[1].word[w] = is_swapped ? first.word[w] : second.word[w];
     }
   } else {
-    two[0] = vecs[vec_of(j, c)];
+    two[0] = vecs[line_vec(j, c)];
   }
 }
+
+// Vectors of a row that a lane multiplies one after another, from its j-th on: kAtOnce of its
+// kVecs.
+template <typename Stored, int kVecs>
+class RowVecs {
+ public:
+  static constexpr int kAtOnce = 2;
+
+  __device__ __forceinline__ void load(const unsigned char* row, int j, int c, bool is_swapped) {
+    load_two<kVecs>(row, j, c, is_swapped, two_);
+  }
+  __device__ __forceinline__ const Vec& vec(int k) const { return two_[k]; }
+
+ private:
+  Vec two_[2];
+};
+
+// Each 16 bytes are two vectors. With an odd number, 8 bytes are the last.
+template <int kVecs>
+class RowVecs<Fp8, kVecs> {
+ public:
+  static constexpr int kAtOnce = kVecs % 4 == 0 ? 4 : 2;
+
+  __device__ __forceinline__ void load(const unsigned char* row, int j, int c, bool is_swapped) {
+    if (kVecs % 2 != 0 && j == kVecs - 1) {
+      const Fp8Vec last = reinterpret_cast<const Fp8Vec*>(row)[vec_of<Fp8, kVecs>(j, c)];
+      two_[0].word[0] = last.word[0];
+      two_[0].word[1] = last.word[1];
+    } else if (kAtOnce == 4) {
+      load_two<kVecs / 2>(row, j / 2, c, is_swapped, two_);
+    } else {
+      two_[0] = reinterpret_cast<const Vec*>(row)[line_vec(j / 2, c)];
+    }
+  }
+  __device__ __forceinline__ Vec vec(int k) const {
+    const auto& word = two_[k / 2].word;
+    return CacheElement<Fp8>::unpacked({{word[k % 2 * 2], word[k % 2 * 2 + 1]}});
+  }
+
+ private:
+  Vec two_[2];
+};
 
 // A tile is four groups of four tokens. The tokens of a group lie one after another in the cache,
 // and one copy moves them. A dense group begins at the line after the one before it. A padded group
 // begins 32 bytes later, so that lanes with different c read values of four groups at once: warps
 // attend to a tile sooner, but copies are slower.
-template <int kHeadSize>
+template <typename Stored, int kHeadSize>
 struct Tile {
   static constexpr int kVecs = kHeadSize / 32;    // vectors of a key that a lane multiplies
   static constexpr int kRowSize = 2 * kHeadSize;  // elements of a token: key and value
-  static constexpr int kRowBytes = 2 * kRowSize;
+  static constexpr int kRowBytes = sizeof(Stored) * kRowSize;
   static constexpr int kGroupTokens = 4;
   static constexpr int kDensePitch = kGroupTokens * kRowBytes;  // bytes from group to group
   static constexpr int kPaddedPitch = kDensePitch + 32;
   static constexpr int kBytes = kTileTokens / kGroupTokens * kPaddedPitch;
-  static_assert(kRowBytes % kLineBytes == 0 && kBytes % kLineBytes == 0);
+  static_assert(kDensePitch % kLineBytes == 0 && kBytes % kLineBytes == 0);
 
   // To the matrix unit, the tokens of group g are rows 2g, 2g + 1, 2g + 8 and 2g + 9, which a lane
   // with c = g multiplies with values. Returns the token of row r; row r + 8 holds the second token
@@ -73,10 +126,10 @@ struct Tile {
 // Issue the copies of a warp's tile, with groups `pitch` bytes apart. `from` is the address of
 // token l in lane l < 16. `is_whole`: the tokens of each group lie one after another. The barrier's
 // phase ends when the tile has arrived.
-template <int kHeadSize>
+template <typename Stored, int kHeadSize>
 __device__ __forceinline__ void copy_tile_of(unsigned char* to_shared, int pitch, const void* from,
                                              bool is_whole, Barrier& barrier) {
-  using Tile = quest::cuda::Tile<kHeadSize>;
+  using Tile = quest::cuda::Tile<Stored, kHeadSize>;
   const int lane = threadIdx.x % kWarpSize;
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
 #if __CUDA_ARCH__ >= 900

@@ -8,12 +8,14 @@
 //
 // The bounds of the other scores (score_kind.h) read the page's keys once or twice more, from L2.
 //
-// Bytes: 4 * head_size read and written per token and KV head. A page that was begun in an earlier
-// step adds its earlier keys. Each page adds its bounds. Decode waits for memory twice: for slots,
-// and for keys and values.
-// See DESIGN.md, "write_kv".
+// An fp8 cache gets bounds of its own elements, so the keys that it stores do not exceed them.
+//
+// Bytes: 4 * head_size read and written, or 2 * head_size written in fp8, per token and KV head. A
+// page that was begun in an earlier step adds its earlier keys. Each page adds its bounds. Decode
+// waits for memory twice: for slots, and for keys and values. See DESIGN.md, "write_kv".
 #include "device.cuh"
 #include "divisor.cuh"
+#include "fp8.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
 
@@ -35,7 +37,7 @@ struct Partition {
   Divisor page_size, pages_per_block;
 };
 
-// The minimum and maximum of 8 columns; NaN wins.
+// The minimum and maximum of 8 columns; NaN wins. `T`: what the cache's elements are computed with.
 template <typename T>
 struct Extremes {
   Vec low = all(Element<T>::kInfinity), high = all(Element<T>::kMinusInfinity);
@@ -90,13 +92,14 @@ struct LaneTokens {
         slot(slot_of(p, first_token + static_cast<int>(threadIdx.x) % kWarpSize)) {}
 };
 
-template <typename T, ScoreKind kScore>
+// `T`: the type of keys and values. `Stored`: that of the cache's elements.
+template <typename T, typename Stored, ScoreKind kScore>
 class RunWriter {
  public:
   // The run ends with the token of lane `last_lane`.
-  __device__ RunWriter(const WriteKvParams& p, const Partition& partition, const LaneTokens& tokens,
-                       int last_lane, int head)
-      : p_(p), head_(head) {
+  __device__ RunWriter(const WriteKvParams& p, const KvScales& scales, const Partition& partition,
+                       const LaneTokens& tokens, int last_lane, int head)
+      : p_(p), scales_(scales), head_(head) {
     const int slot = __shfl_sync(kAllLanes, tokens.slot, last_lane);
     const int page_size = p.cache.page_size;
     const int page = partition.page_size.quotient(slot);
@@ -104,8 +107,8 @@ class RunWriter {
     last_offset_ = slot - page_slot_;
     const int block = partition.pages_per_block.quotient(page);
     const int page_in_block = page - block * p.cache.pages_per_block;
-    T* rows =
-        static_cast<T*>(p.cache.data) + block * p.cache.block_stride + head * p.cache.head_stride;
+    Stored* rows = static_cast<Stored*>(p.cache.data) + block * p.cache.block_stride +
+                   head * p.cache.head_stride;
     page_rows_ = rows + page_in_block * page_size * row_size();
     bounds_ = rows + (p.cache.block_tokens + page_in_block) * row_size();
     find_first(tokens, last_lane);
@@ -124,13 +127,15 @@ class RunWriter {
                  : Source{static_cast<const T*>(p_.value) + head_ * p_.value_head_stride +
                               first_token_ * p_.value_token_stride + column - p_.cache.head_size,
                           p_.value_token_stride};
-      const Extremes<T> extremes =
+      const Extremes<Compute> extremes =
           skips_slots ? copy_each(from, column) : copy(from, is_key, page_rows_ + column);
       if (kHasBounds && is_key) store_bounds(extremes, column);
     }
   }
 
  private:
+  using Cache = CacheElement<Stored>;
+  using Compute = typename Cache::Compute;
   static constexpr bool kHasBounds = kScore != ScoreKind::kCodes;  // else write_codes comes next
 
   // A lane's columns of the run's keys or values in the batch.
@@ -167,8 +172,8 @@ class RunWriter {
 
   // Copy a run that skips no slot to the page's rows. Returns the extremes of its columns and of
   // the page's earlier keys.
-  __device__ Extremes<T> copy(const Source& from, bool is_key, T* rows) const {
-    Extremes<T> extremes;
+  __device__ Extremes<Compute> copy(const Source& from, bool is_key, Stored* rows) const {
+    Extremes<Compute> extremes;
     for (int i = 0; i < num_tokens_; i += kBatchRowsInFlight) {
       Vec added[kBatchRowsInFlight];
 #pragma unroll
@@ -179,8 +184,9 @@ class RunWriter {
 #pragma unroll
       for (int k = 0; k < kBatchRowsInFlight; ++k) {
         if (k < num_tokens_ - i) {
-          store(rows + (first_offset_ + i + k) * row_size(), added[k]);
-          extremes.add(added[k]);
+          const auto stored = quantised(added[k], is_key);
+          store(rows + (first_offset_ + i + k) * row_size(), stored);
+          extremes.add(Cache::unpacked(stored));
         }
       }
     }
@@ -188,42 +194,61 @@ class RunWriter {
   }
 
   // Add the page's keys before the run.
-  __device__ void read_stored(const T* rows, Extremes<T>& extremes) const {
+  __device__ void read_stored(const Stored* rows, Extremes<Compute>& extremes) const {
     for (int i = 0; i < first_offset_; i += kCacheRowsInFlight) {
-      Vec stored[kCacheRowsInFlight];
+      typename Cache::Packed stored[kCacheRowsInFlight];
 #pragma unroll
       for (int k = 0; k < kCacheRowsInFlight; ++k) {
-        stored[k] = load_once(rows + min(i + k, first_offset_ - 1) * row_size());
+        stored[k] = Cache::load(rows + min(i + k, first_offset_ - 1) * row_size());
       }
 #pragma unroll
-      for (int k = 0; k < kCacheRowsInFlight; ++k) extremes.add(stored[k]);
+      for (int k = 0; k < kCacheRowsInFlight; ++k) extremes.add(Cache::unpacked(stored[k]));
     }
   }
 
   // Copy a run that skips slots of its page, which is rare: one token after the other.
-  __device__ Extremes<T> copy_each(const Source& from, int column) const {
+  __device__ Extremes<Compute> copy_each(const Source& from, int column) const {
     for (int i = 0; i < num_tokens_; ++i) {
       const int offset = slot_of(p_, first_token_ + i) - page_slot_;
       store(page_rows_ + offset * row_size() + column,
-            load_once(from.first + i * from.token_stride));
+            quantised(load_once(from.first + i * from.token_stride), column < p_.cache.head_size));
     }
-    Extremes<T> extremes;
+    Extremes<Compute> extremes;
     for (int i = 0; kHasBounds && i <= last_offset_; ++i) {
-      extremes.add(load_once(page_rows_ + i * row_size() + column));
+      extremes.add(Cache::unpacked(Cache::load(page_rows_ + i * row_size() + column)));
     }
     return extremes;
   }
 
-  __device__ void store_bounds(Extremes<T> extremes, int column) const {
+  // 8 elements of the batch, as the cache has them.
+  __device__ typename Cache::Packed quantised(const Vec& elements, bool is_key) const {
+    if constexpr (kIsFp8<Stored>) {
+      // Divided, not multiplied, and rounded to the nearest: the bits of vLLM's own write.
+      const float scale = is_key ? *scales_.key : *scales_.value;
+      const Floats x = Floats::of<T>(elements);
+      Fp8Vec result;
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const float* const four = x.at + 4 * w;
+        result.word[w] = fp8_of(four[0] / scale, four[1] / scale) |
+                         fp8_of(four[2] / scale, four[3] / scale) << 16;
+      }
+      return result;
+    } else {
+      return elements;
+    }
+  }
+
+  __device__ void store_bounds(Extremes<Compute> extremes, int column) const {
     if constexpr (kHasBounds && kScore != ScoreKind::kMinMax) {
       estimate(page_rows_ + column, extremes);
     }
-    store(bounds_ + column, extremes.low);
-    store(bounds_ + p_.cache.head_size + column, extremes.high);
+    store(bounds_ + column, Cache::packed(extremes.low));
+    store(bounds_ + p_.cache.head_size + column, Cache::packed(extremes.high));
   }
 
   // Turn the extremes of a page's keys into center - spread and center + spread.
-  __device__ void estimate(const T* keys, Extremes<T>& extremes) const {
+  __device__ void estimate(const Stored* keys, Extremes<Compute>& extremes) const {
     const float inverse_count = 1.0f / static_cast<float>(last_offset_ + 1);
     Floats center{}, spread{};
     if constexpr (kScore == ScoreKind::kMeanStd) {
@@ -237,7 +262,8 @@ class RunWriter {
       for (float& squares : spread.at) squares = sqrtf(squares * inverse_count);
     } else {
       static_assert(kScore == ScoreKind::kMidDev);
-      const Floats low = Floats::of<T>(extremes.low), high = Floats::of<T>(extremes.high);
+      const Floats low = Floats::of<Compute>(extremes.low),
+                   high = Floats::of<Compute>(extremes.high);
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) center.at[i] = 0.5f * low.at[i] + 0.5f * high.at[i];
       for_each_key(keys, [&](int i, float key) { spread.at[i] += fabsf(key - center.at[i]); });
@@ -250,33 +276,36 @@ class RunWriter {
       low.at[i] = center.at[i] - spread.at[i];
       high.at[i] = center.at[i] + spread.at[i];
     }
-    extremes.low = low.rounded<T>();
-    extremes.high = high.rounded<T>();
+    extremes.low = low.rounded<Compute>();
+    extremes.high = high.rounded<Compute>();
   }
 
   // Call f(column, key) for the page's keys up to the last one written.
   template <typename F>
-  __device__ void for_each_key(const T* keys, const F& f) const {
+  __device__ void for_each_key(const Stored* keys, const F& f) const {
     for (int offset = 0; offset <= last_offset_; ++offset) {
-      const Floats key = Floats::of<T>(load_once(keys + offset * row_size()));
+      const Floats key =
+          Floats::of<Compute>(Cache::unpacked(Cache::load(keys + offset * row_size())));
 #pragma unroll
       for (int i = 0; i < Vec::kElements; ++i) f(i, key.at[i]);
     }
   }
 
   const WriteKvParams& p_;
+  const KvScales& scales_;
   const int head_;
   int page_slot_;                   // the page's first slot
   int first_offset_, last_offset_;  // the run's slots, counted from the page's first
   int first_token_, num_tokens_;    // the run's tokens
-  T* page_rows_;                    // [page_size, 2 * head_size] the head's keys and values
-  T* bounds_;                       // [2 * head_size] the head's bounds of the page
+  Stored* page_rows_;               // [page_size, 2 * head_size] the head's keys and values
+  Stored* bounds_;                  // [2 * head_size] the head's bounds of the page
 };
 
-template <typename T, ScoreKind kScore>
+template <typename T, typename Stored, ScoreKind kScore>
 __global__ void __launch_bounds__(kThreads, kCtasPerMultiprocessor)
     write_kv_kernel(const __grid_constant__ WriteKvParams p,
-                    const __grid_constant__ Partition partition) {
+                    const __grid_constant__ Partition partition,
+                    const __grid_constant__ KvScales scales) {
   // grid: [windows / kWarps, KV heads]; a warp writes the runs that end in its window.
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   // In prefill one window in several holds the end of a run. Each warp rotates its windows by one
@@ -297,30 +326,44 @@ __global__ void __launch_bounds__(kThreads, kCtasPerMultiprocessor)
   release_next_kernel();
 
   for (; ends != 0; ends &= ends - 1) {
-    RunWriter<T, kScore>(p, partition, tokens, __ffs(ends) - 1, blockIdx.y).run();
+    RunWriter<T, Stored, kScore>(p, scales, partition, tokens, __ffs(ends) - 1, blockIdx.y).run();
   }
 }
 
-using Kernel = void (*)(WriteKvParams, Partition);
+using Kernel = void (*)(WriteKvParams, Partition, KvScales);
 
-template <typename T>
+template <typename T, typename Stored>
 Kernel kernel_for(ScoreKind score) {
   switch (score) {
     case ScoreKind::kMinMax:
-      return write_kv_kernel<T, ScoreKind::kMinMax>;
+      return write_kv_kernel<T, Stored, ScoreKind::kMinMax>;
     case ScoreKind::kMeanStd:
-      return write_kv_kernel<T, ScoreKind::kMeanStd>;
+      return write_kv_kernel<T, Stored, ScoreKind::kMeanStd>;
     case ScoreKind::kMidDev:
-      return write_kv_kernel<T, ScoreKind::kMidDev>;
+      return write_kv_kernel<T, Stored, ScoreKind::kMidDev>;
     case ScoreKind::kCodes:
-      return write_kv_kernel<T, ScoreKind::kCodes>;
+      if constexpr (!kIsFp8<Stored>) return write_kv_kernel<T, Stored, ScoreKind::kCodes>;
+  }
+  return nullptr;
+}
+
+Kernel kernel_for(DType dtype, ScoreKind score) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return kernel_for<__nv_bfloat16, __nv_bfloat16>(score);
+    case DType::kFloat16:
+      return kernel_for<__half, __half>(score);
+    case DType::kFloat8:
+      return kernel_for<__nv_bfloat16, Fp8>(score);
+    case DType::kFloat32:
+      break;
   }
   return nullptr;
 }
 
 }  // namespace
 
-cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
+cudaError_t write_kv(const WriteKvParams& params, const KvScales& scales, cudaStream_t stream) {
   // Take the shortest windows with which all CTAs run at once: in decode one token each.
   const int heads = params.cache.num_kv_heads;
   const int max_ctas = num_multiprocessors() * kCtasPerMultiprocessor;
@@ -334,10 +377,9 @@ cudaError_t write_kv(const WriteKvParams& params, cudaStream_t stream) {
   const int stride = ctas_per_head(window_tokens);
   const Partition partition = {window_tokens, Divisor(stride), Divisor(params.cache.page_size),
                                Divisor(params.cache.pages_per_block)};
-  const Kernel kernel = params.cache.dtype == DType::kBFloat16
-                            ? kernel_for<__nv_bfloat16>(params.score)
-                            : kernel_for<__half>(params.score);
-  return launch(kernel, dim3(stride, heads), kThreads, 0, stream, params, partition);
+  const Kernel kernel = kernel_for(params.cache.dtype, params.score);
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  return launch(kernel, dim3(stride, heads), kThreads, 0, stream, params, partition, scales);
 }
 
 }  // namespace quest::cuda

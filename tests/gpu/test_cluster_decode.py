@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batch import CPU, SINKS, UNTOUCHED, Batch, Shape, make_batch
+from batch import CPU, SINKS, UNTOUCHED, Batch, Shape, make_batch, max_near_pages
 from gpu.test_cuda_ops import DEVICE, all_shapes, is_close, lengths_around, same_bits
 from gpu.test_cuda_ops import pytestmark as needs_a_gpu
 from vllm_quest import ops, reference
@@ -106,14 +106,18 @@ def test_a_row_as_long_as_shared_memory_has_room_for() -> None:
 
 def wide_table(shape: Shape) -> int:
     """Tokens of more pages than shared memory has room for."""
-    pages = ops.max_cluster_pages(shape.group_size, shape.head_size, DEVICE)
+    pages = max_near_pages(shape, DEVICE)
     return (pages // shape.pages_per_block + 9) // 4 * 4 * shape.block_tokens
 
 
 def decodes_far_keys_alike(
-    budget_pages: int, page_size: int, sinks: list[float] | None = None, **kept: int
+    budget_pages: int,
+    page_size: int,
+    sinks: list[float] | None = None,
+    cache: torch.dtype | None = None,
+    **kept: int,
 ) -> bool:
-    shape = Shape(num_kv_heads=1, page_size=page_size)
+    shape = Shape(num_kv_heads=1, page_size=page_size, cache=cache)
     tokens = wide_table(shape)
     lengths = [tokens - 3, 0, 30, 5000, tokens - 17 * page_size]
     batch = make_batch(shape, lengths, budget_pages, DEVICE, max_tokens=tokens, sinks=sinks)

@@ -49,17 +49,18 @@ struct Divisors {
   Divisor share;  // elements, see ClusterLayout
 };
 
-// The work of one CTA in the cluster of a (row, KV head). `kFarKeys`: block tables can hold more
-// pages than shared memory has room for keys.
-template <typename T, int kHeadSize, int kGroupTiles, bool kFarKeys>
-class ClusterDecode {
+// The work of one CTA in the cluster of a (row, KV head). `T`: the type of query and output.
+// `Stored`: that of the cache's elements. `kFarKeys`: block tables can hold more pages than shared
+// memory has room for keys.
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles, bool kFarKeys>
+class ClusterDecode : CacheScales<Stored> {
  public:
-  using Layout = ClusterLayout<kHeadSize, kGroupTiles>;
+  using Layout = ClusterLayout<Stored, kHeadSize, kGroupTiles>;
   using Memory = typename Layout::Memory;
   using Messages = typename Layout::Messages;
-  using Tile = quest::cuda::Tile<kHeadSize>;
-  using Bounds = BoundsTile<kHeadSize>;
-  using Attention = WarpAttention<T, kHeadSize, kGroupTiles>;
+  using Tile = quest::cuda::Tile<Stored, kHeadSize>;
+  using Bounds = BoundsTile<Stored, kHeadSize>;
+  using Attention = WarpAttention<Stored, kHeadSize, kGroupTiles>;
   static constexpr int kWarps = Layout::kWarps, kThreads = Layout::kThreads;
   static constexpr int kTileBytes = Layout::kTileBytes, kResultPitch = Layout::kResultPitch;
   static constexpr int kSlabs = (kHeadSize + kSlab - 1) / kSlab;
@@ -69,9 +70,10 @@ class ClusterDecode {
   // Lay out shared memory, and load the first block-table entries, length and budget of the row: no
   // kernel of this library writes them.
   __device__ ClusterDecode(const ClusterDecodeParams& params, const FarKeys& far_keys,
-                           const Divisors& divisors, unsigned char* shared_memory, int ctas,
-                           int stages, int room)
-      : p_(params.decode),
+                           const KvScales& scales, const Divisors& divisors,
+                           unsigned char* shared_memory, int ctas, int stages, int room)
+      : CacheScales<Stored>(scales),
+        p_(params.decode),
         far_keys_(far_keys),
         divisors_(divisors),
         masses_(params.masses),
@@ -272,7 +274,7 @@ class ClusterDecode {
   // Issue the copies of a tile of bounds.
   __device__ void fetch_bounds(int first_page) {
     if (first_page >= num_competing()) return;
-    const int page = bounds_page<kHeadSize>(first_page, num_competing());
+    const int page = bounds_page<Stored, kHeadSize>(first_page, num_competing());
     if constexpr (kFarKeys) {
       copy_bounds_of(first_page, place_of(page, [&](int) { return next_tile_entry_; }));
       look_ahead(first_page + tile_step());
@@ -284,7 +286,7 @@ class ClusterDecode {
   // Load the block-table entries of the next tile: most of a long row's table is in device memory.
   __device__ void look_ahead(int first_page) {
     if (first_page >= num_competing()) return;
-    const int page = bounds_page<kHeadSize>(first_page, num_competing());
+    const int page = bounds_page<Stored, kHeadSize>(first_page, num_competing());
     next_tile_entry_ = load_once(table_ + divisors_.pages_per_block.quotient(page));
   }
 
@@ -292,7 +294,7 @@ class ClusterDecode {
   __device__ void fetch_first_bounds() {
     const int first_page = first_tile_page();
     if (first_page >= num_competing()) return;
-    const int page = bounds_page<kHeadSize>(first_page, num_competing());
+    const int page = bounds_page<Stored, kHeadSize>(first_page, num_competing());
     copy_bounds_of(first_page, place_of(page, [&](int) {
                      return __shfl_sync(kAllLanes, first_tile_entry_, page - first_page);
                    }));
@@ -301,9 +303,9 @@ class ClusterDecode {
   // Lane l < 16 gives the place of the tile's l-th page.
   __device__ void copy_bounds_of(int first_page, const CachePage& cache_page) {
     if (!is_settled_before(first_page + kTilePages)) wait_for_previous_kernel();
-    copy_bounds<T, kHeadSize>(tile(write_end_), has_few_rows(), p_.cache, head_, cache_page.block,
-                              cache_page.page_in_block,
-                              memory_.arrived.tiles[warp_][write_end_.stage]);
+    copy_bounds<Stored, kHeadSize>(tile(write_end_), has_few_rows(), p_.cache, head_,
+                                   cache_page.block, cache_page.page_in_block,
+                                   memory_.arrived.tiles[warp_][write_end_.stage]);
     write_end_.advance(stages_);
   }
 
@@ -318,9 +320,13 @@ class ClusterDecode {
         const int head = min(group * 8 + r_, p_.group_size - 1);
         return memory_.query[head / 8][j][head % 8 * 4 + c_];
       };
-      const float2 scores =
-          has_few_rows() ? score_pages<T, kHeadSize, kGroupTiles, 1, true>(tile(read_end_), query)
-                         : score_pages<T, kHeadSize, kGroupTiles, 1, false>(tile(read_end_), query);
+      const auto divisor = [&](int group, int k) {
+        return divisor_of(min(group * 8 + 2 * c_ + k, p_.group_size - 1));
+      };
+      const float2 scores = has_few_rows() ? score_pages<Stored, kHeadSize, kGroupTiles, 1, true>(
+                                                 tile(read_end_), query, divisor)
+                                           : score_pages<Stored, kHeadSize, kGroupTiles, 1, false>(
+                                                 tile(read_end_), query, divisor);
       read_end_.advance(stages_);
       __syncwarp();  // before copies overwrite the tile
       fetch_bounds(first + stages_ * tile_step());
@@ -354,6 +360,12 @@ class ClusterDecode {
     }
 
     finish_scores(range, best);
+  }
+
+  // What a query head of the group was divided by.
+  __device__ float divisor_of(int head) const {
+    if constexpr (kIsFp8<Stored>) return memory_.query.divisor[head];
+    return 1.0f;
   }
 
   // Score this CTA's pages by what they weigh, and send their keys and each warp's best page to all
@@ -424,8 +436,9 @@ class ClusterDecode {
   // Issue the copies of a tile of keys and values. In lane l < 16, `start` is the offset of token l
   // in the cache, in elements. See copy_tile_of.
   __device__ void copy_tokens(int64_t start, bool is_whole) {
-    copy_tile_of<kHeadSize>(tile(write_end_), pitch(), static_cast<const T*>(p_.cache.data) + start,
-                            is_whole, memory_.arrived.tiles[warp_][write_end_.stage]);
+    copy_tile_of<Stored, kHeadSize>(tile(write_end_), pitch(),
+                                    static_cast<const Stored*>(p_.cache.data) + start, is_whole,
+                                    memory_.arrived.tiles[warp_][write_end_.stage]);
     write_end_.advance(stages_);
   }
 
@@ -448,7 +461,7 @@ class ClusterDecode {
 
   // This warp's tile at a position of its ring.
   __device__ unsigned char* tile(const RingPosition& position) const {
-    return tiles_ + (position.stage * kWarps + warp_) * kTileBytes;
+    return tiles_ + Layout::place_of(warp_, position.stage, stages_) * kTileBytes;
   }
 
   // Wait for the tile at the read end.
@@ -525,7 +538,7 @@ class ClusterDecode {
   // Attend to chosen pages rank, rank + ctas, ..., or to those of all pages in a dense row.
   // Positions count their tokens; only the last page can be partly filled.
   __device__ void attend() {
-    Attention attention(memory_.query, pitch(), p_.scale, p_.soft_cap);
+    Attention attention(memory_.query, pitch(), this->of_logits(p_.scale), p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_pages_) - num_taken_;
     const int num_ours = divisors_.ctas.quotient(num_attended - cta_.rank + cta_.ctas - 1);
@@ -567,11 +580,12 @@ class ClusterDecode {
     if (p_.counters != nullptr && head_ == 0 && cta_.rank == 0 && threadIdx.x == kThreads - 1) {
       count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_pages_);
     }
+    const float value_scale = this->of_values();
     cta_.wait_for(memory_.arrived.parts);
     // Release the next kernel only now: CTAs that start while this kernel's are running crowd on
     // few multiprocessors.
     release_next_kernel();
-    merge_ctas();
+    merge_ctas(value_scale);
   }
 
   // Look up where this warp's next tiles lie. Lane l looks up half l % 2 of tile l / 2.
@@ -631,8 +645,9 @@ class ClusterDecode {
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) {
         state[warp] = memory_.warp_state[warp][head];
-        part[warp] = *reinterpret_cast<const float2*>(tiles_ + warp * kTileBytes +
-                                                      (head * kResultPitch + dim) * sizeof(float));
+        part[warp] = *reinterpret_cast<const float2*>(
+            tiles_ + Layout::place_of(warp, 0, stages_) * kTileBytes +
+            (head * kResultPitch + dim) * sizeof(float));
         merged_state.max_log2 = fmaxf(merged_state.max_log2, state[warp].max_log2);
       }
       float2 merged = {};
@@ -657,7 +672,7 @@ class ClusterDecode {
 
   // Merge all CTAs' parts of this CTA's share, and write the output. 1, 2 or 4 neighbouring lanes
   // have an element together, with up to 4 CTAs' parts each.
-  __device__ void merge_ctas() const {
+  __device__ void merge_ctas(float value_scale) const {
     constexpr int kParts = 4;
     const int log2_lanes = cta_.ctas <= kParts ? 0 : cta_.ctas <= 2 * kParts ? 1 : 2;
     static_assert(kMaxClusterCtas == 4 * kParts);
@@ -701,7 +716,7 @@ class ClusterDecode {
                      query_head * p_.out_head_stride + element % kHeadSize;
       const float sum = sum_with_sink<T>(merged_state, p_.sinks, query_head);
       // A row without tokens has the output 0.
-      *out = Element<T>::from_float(sum == 0.0f ? 0.0f : __fdividef(merged, sum));
+      *out = Element<T>::from_float(sum == 0.0f ? 0.0f : __fdividef(merged, sum) * value_scale);
     }
   }
 
@@ -730,7 +745,7 @@ class ClusterDecode {
   const int32_t first_tile_entry_;  // the table entry of this lane's page in the warp's first tile
   const int seq_len_, budget_pages_, num_pages_;
   const int num_newest_;  // pages kept at the row's end
-  GroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads> query_;
+  GroupQueryLoad<T, Stored, kHeadSize, kGroupTiles, kThreads> query_;
 
   int32_t next_tile_entry_ = 0;        // the entry of this lane's page in the warp's next tile
   RingPosition write_end_, read_end_;  // this warp's ring
@@ -742,23 +757,24 @@ class ClusterDecode {
   int64_t planned_start_ = 0;  // the offset in the cache of this lane's half, in elements
 };
 
-template <typename T, int kHeadSize, int kGroupTiles, bool kFarKeys>
+template <typename T, typename Stored, int kHeadSize, int kGroupTiles, bool kFarKeys>
 __global__ void __launch_bounds__(
-    ClusterDecode<T, kHeadSize, kGroupTiles, kFarKeys>::kThreads,
-    kFarKeys ? 1 : ClusterLayout<kHeadSize, kGroupTiles>::kCtasPerMultiprocessor)
+    ClusterDecode<T, Stored, kHeadSize, kGroupTiles, kFarKeys>::kThreads,
+    kFarKeys ? 1 : ClusterLayout<Stored, kHeadSize, kGroupTiles>::kCtasPerMultiprocessor)
     cluster_decode_kernel(const __grid_constant__ ClusterDecodeParams p,
                           const __grid_constant__ Divisors divisors, int ctas, int stages, int room,
-                          int num_split_ctas, const __grid_constant__ FarKeys far_keys) {
+                          int num_split_ctas, const __grid_constant__ FarKeys far_keys,
+                          const __grid_constant__ KvScales scales) {
   // grid: [rows, KV heads, CTAs of a cluster]; a cluster decodes its (row, KV head), and all CTAs
   // decode long dense rows.
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(kLineBytes) unsigned char shared_memory[];
-  using Decode = ClusterDecode<T, kHeadSize, kGroupTiles, kFarKeys>;
+  using Decode = ClusterDecode<T, Stored, kHeadSize, kGroupTiles, kFarKeys>;
   const Rows& rows = p.decode.rows;
   // Load a row's length and budget in each thread: they tell at the end whether any row is split.
   const int other = min(static_cast<int>(threadIdx.x), rows.num_rows - 1);
   const int other_len = rows.seq_lens[other], other_budget = rows.budget_pages[other];
-  Decode decode(p, far_keys, divisors, shared_memory, ctas, stages, room);
+  Decode decode(p, far_keys, scales, divisors, shared_memory, ctas, stages, room);
   decode.load_query();
   if (decode.is_ours()) {
     decode.run();
@@ -778,9 +794,9 @@ __global__ void __launch_bounds__(
   }
   if (!__syncthreads_or(any_split)) return;
   if (decode.is_ours()) decode.leave_memory();
-  SplitDecode<T, kHeadSize, kGroupTiles>::attend(
-      p.decode, shared_memory + sizeof(typename Decode::Layout::Barriers), stages, blockIdx.x,
-      num_split_ctas, is_split);
+  SplitDecode<T, Stored, kHeadSize, kGroupTiles>::attend(
+      p.decode, scales, shared_memory + sizeof(typename Decode::Layout::Barriers), stages,
+      blockIdx.x, num_split_ctas, is_split);
 #endif
 }
 

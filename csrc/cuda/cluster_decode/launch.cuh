@@ -10,10 +10,10 @@ namespace quest::cuda {
 
 template <typename M, bool kFarKeys>
 struct ClusterLauncher {
-  using Layout = ClusterLayout<M::kHeadSize, M::kGroupTiles>;
-  using Split = SplitDecode<typename M::Type, M::kHeadSize, M::kGroupTiles>;
-  static constexpr auto kernel =
-      cluster_decode_kernel<typename M::Type, M::kHeadSize, M::kGroupTiles, kFarKeys>;
+  using Layout = ClusterLayout<typename M::Stored, M::kHeadSize, M::kGroupTiles>;
+  using Split = SplitDecode<typename M::Type, typename M::Stored, M::kHeadSize, M::kGroupTiles>;
+  static constexpr auto kernel = cluster_decode_kernel<typename M::Type, typename M::Stored,
+                                                       M::kHeadSize, M::kGroupTiles, kFarKeys>;
 
   // What the current device has room for, with so many stages to a warp's ring.
   struct Limits {
@@ -38,10 +38,10 @@ struct ClusterLauncher {
     return config;
   }
 
-  // The kernel's most CTAs per multiprocessor, with one stage to a ring, and no clusters of several
-  // CTAs.
+  // The kernel's most CTAs per multiprocessor, with the fewest stages to a ring, and no clusters of
+  // several CTAs.
   static const Limits& most_ctas() {
-    static const Limits found = find_limits(1, Layout::kCtasPerMultiprocessor, 1);
+    static const Limits found = find_limits(Layout::kMinStages, Layout::kCtasPerMultiprocessor, 1);
     return found;
   }
 
@@ -85,7 +85,7 @@ struct ClusterLauncher {
   // Larger clusters with two CTAs per multiprocessor are slower. Many rows get two CTAs per
   // multiprocessor, unless their keys need a multiprocessor's whole memory.
   static cudaError_t launch(const ClusterDecodeParams& params, const FarKeys& far_keys,
-                            cudaStream_t stream) {
+                            const KvScales& scales, cudaStream_t stream) {
     const KvCache& cache = params.decode.cache;
     const Rows& rows = params.decode.rows;
     const int pairs = rows.num_rows * cache.num_kv_heads;
@@ -104,7 +104,7 @@ struct ClusterLauncher {
     cudaLaunchAttribute attributes[2];
     const auto all = config(pairs, ctas, limits.shared_bytes, stream, attributes);
     return cudaLaunchKernelEx(&all, kernel, params, divisors, ctas, limits.stages, room(limits),
-                              num_split_ctas, far_keys);
+                              num_split_ctas, far_keys, scales);
   }
 };
 

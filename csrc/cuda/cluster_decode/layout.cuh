@@ -28,14 +28,19 @@ struct alignas(16) WarpPages {
 //     [Memory, merged, tiles [stages, kWarps], messages [max_ctas(stages)], keys [room],
 //      bitmap [key_groups(room)]]
 //
+// An fp8 cache has twice as many stages of half the size, and tiles [kWarps, stages]: a warp's
+// result takes its first two.
+//
 // Offsets count bytes. For a row with far keys the bitmap takes the place of the keys.
-template <int kHeadSize, int kGroupTiles>
+template <typename Stored, int kHeadSize, int kGroupTiles>
 struct ClusterLayout {
   static constexpr int kWarps = kWarpsFor<kHeadSize>, kThreads = kWarps * kWarpSize;
   // Two CTAs, where registers and tiles have room. The kernel with far keys has one.
   static constexpr int kCtasPerMultiprocessor = kHeadSize <= 128 && kGroupTiles == 1 ? 2 : 1;
-  static constexpr int kHeads = 8 * kGroupTiles;        // query heads of a padded group
-  static constexpr int kMaxStages = 2;                  // tiles in a warp's ring
+  static constexpr int kHeads = 8 * kGroupTiles;  // query heads of a padded group
+  // Tiles in a warp's ring, with two CTAs on a multiprocessor and with one.
+  static constexpr int kMinStages = sizeof(__half) / sizeof(Stored);
+  static constexpr int kMaxStages = 2 * kMinStages;
   static_assert(kWarps * kMaxClusterCtas <= kThreads);  // a thread to each warp of a cluster
 
   // Barriers stay at the start, and nothing else takes their place: racecheck reports a second
@@ -48,7 +53,7 @@ struct ClusterLayout {
 
   struct alignas(kLineBytes) Memory {
     Barriers arrived;
-    GroupQuery<kHeadSize, kGroupTiles> query;
+    GroupQuery<Stored, kHeadSize, kGroupTiles> query;
     uint32_t best_chosen[kWarps];  // a bit for each warp of the cluster: its best page is chosen
     SelectionMemory<kThreads> selection;
     int32_t table[kTableEntries];
@@ -64,13 +69,19 @@ struct ClusterLayout {
     SoftmaxState state[kHeads];  // states of the heads in the receiver's share
   };
 
-  // A warp's tile. At the end it holds the warp's result, [kHeads, kResultPitch] fp32; the pitch
-  // avoids bank conflicts.
+  // A warp's tile. At the end its first kMinStages hold the warp's result, [kHeads, kResultPitch]
+  // fp32; the pitch avoids bank conflicts.
   static constexpr int kResultPitch = kHeadSize + 4;
   static constexpr int kResultBytes = kHeads * kResultPitch * sizeof(float);
   static constexpr int kTileBytes =
-      std::max({Tile<kHeadSize>::kBytes, BoundsTile<kHeadSize>::kPaddedBytes, kResultBytes});
-  static_assert(kTileBytes % kLineBytes == 0);
+      std::max({Tile<Stored, kHeadSize>::kBytes, BoundsTile<Stored, kHeadSize>::kPaddedBytes,
+                kResultBytes / kMinStages});
+  static_assert(kTileBytes % kLineBytes == 0 && kMinStages * kTileBytes >= kResultBytes);
+
+  // Where a warp's tile lies, in tiles.
+  __device__ static int place_of(int warp, int stage, int stages) {
+    return kIsFp8<Stored> ? warp * stages + stage : stage * kWarps + warp;
+  }
 
   // The parts that all CTAs send to this one: [ctas, share] fp32.
   static constexpr int kMergedBytes = (kHeads * kHeadSize + 2 * kMaxClusterCtas) * sizeof(float);
@@ -81,9 +92,9 @@ struct ClusterLayout {
     return (group_size * kHeadSize + 2 * ctas - 1) / (2 * ctas) * 2;
   }
 
-  // CTAs of a cluster. With a stage to each ring, clusters have one CTA (see ClusterLauncher).
+  // CTAs of a cluster. With the fewest stages, clusters have one CTA (see ClusterLauncher).
   __host__ __device__ static constexpr int max_ctas(int stages) {
-    return stages == 1 ? 1 : kMaxClusterCtas;
+    return stages == kMinStages ? 1 : kMaxClusterCtas;
   }
 
   __host__ __device__ static constexpr int merged() { return sizeof(Memory); }
