@@ -44,11 +44,15 @@ def soak(server: Server, told: argparse.Namespace, tally: Tally) -> list[dict[st
     """Load the server for the time told; returns samples of its memory."""
     begun = time.monotonic()
     deadline = begun + told.minutes * 60
-    threads = run_clients(
-        server.url, told.clients, told.seed, lambda: time.monotonic() > deadline, tally
-    )
+
+    def is_over() -> bool:
+        return time.monotonic() > deadline or not server.is_up()
+
+    threads = run_clients(server.url, told.clients, told.seed, is_over, tally)
     samples = []
     while any(thread.is_alive() for thread in threads):
+        if not server.is_up():
+            raise RuntimeError(f"the server ended; {told.log} may say why")
         sample = {"seconds": time.monotonic() - begun, "rss_mib": server.rss_mib()}
         if (gpu := gpu_mib()) is not None:
             sample["gpu_mib"] = gpu

@@ -63,6 +63,10 @@ class Server:
             time.sleep(0.5)
         raise RuntimeError(f"the server was not healthy within {START_LIMIT_S} s")
 
+    def is_up(self) -> bool:
+        """Whether its first process runs."""
+        return self.process is not None and self.process.poll() is None
+
     def family(self) -> list[psutil.Process]:
         """The server's processes."""
         assert self.process is not None
