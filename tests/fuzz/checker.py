@@ -193,7 +193,8 @@ class Checker:
         if metadata.decode is not None:
             plan = metadata.decode.rows
             self.compare_rows(plan, rows)
-            self.check_settled(group, rows, plan.budget_pages.tolist(), block_tokens)
+            if metadata.decode.beside_write:
+                self.check_settled(group, rows, plan.budget_pages.tolist(), block_tokens)
         filled = self.ledger.filled(group, block_tokens)
         for layer in builder.layer_names:
             self.rows[layer], self.filled[layer] = rows, filled
