@@ -502,7 +502,7 @@ class Checker:
                 limit += rounding_of_the_query(attended)
         else:
             exact = batched_reference.score(attended.query, blocks)
-            limit = score_error(attended)
+            limit = score_error(attended._replace(kv_cache=batched_reference.stored_bounds(blocks)))
         page = torch.arange(blocks.max_pages)
         is_scored = (page < blocks.num_pages[:, None, None]) & is_sparse[:, None, None]
         is_estimate = exact.abs() < 2.0**100  # not a page of a group that is not full

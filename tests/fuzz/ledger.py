@@ -11,6 +11,10 @@ class Request:
     """One request, as of the step that is scheduled."""
 
     num_prompt_tokens: int
+    num_prefill_tokens: int
+    """Tokens that are read as a prompt is: the V2 runner counts the answer of a request that starts
+    anew among them."""
+
     token_budget: int
     """Its own, or SERVER_DEFAULT."""
 
@@ -29,7 +33,7 @@ class Request:
     @property
     def is_reading_prompt(self) -> bool:
         """Whether this step's first token is of the prompt."""
-        return self.num_computed < self.num_prompt_tokens
+        return self.num_computed < self.num_prefill_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -65,6 +69,7 @@ class Ledger:
             known = new.prefill_token_ids  # of the V2 runner, which is told resumed ones anew
             self.requests[new.req_id] = Request(
                 num_prompt_tokens=new.prompt_len,
+                num_prefill_tokens=new.prompt_len if known is None else len(known),
                 token_budget=requested_budget(extra),
                 blocks=[list(blocks) for blocks in new.block_ids],
                 num_known=new.prompt_len if known is None else len(known),

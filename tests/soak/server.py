@@ -53,7 +53,10 @@ class Server:
         command += ["--attention-backend", "QUEST", "--additional-config", quest]
         command += ["--port", str(self.port), *self.options]
         begun = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT
+        )
         while time.monotonic() - begun < START_LIMIT_S:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}")
