@@ -73,7 +73,7 @@ def draw_wave(seed: int, index: int, wave: int, engine: EngineCase) -> Wave:
     """The wave of an engine with this number, from 0 on."""
     rng = random.Random(f"wave {seed} {index} {wave}")
     requests: list[RequestCase] = []
-    for number in range(rng.choice([4, 16, 40, 64])):
+    for number in range(rng.choice([4, 12, 24, 40])):
         twin = rng.choice(requests) if requests and rng.random() < 0.2 else None
         requests.append(_draw_request(rng, engine, f"w{wave}r{number}", twin))
     last = max(request.arrives for request in requests)
