@@ -26,6 +26,7 @@ CHECKED_BY = {
     "| family |": "test_families.py",
     "| connector |": "test_refusals.py",
     "| what | for example | cure |": "test_refusals.py",
+    "| try | answer | test |": "test_bad_input.py",
 }
 """Tables that hold no measurement, by how their heads begin, and the test that holds them."""
 

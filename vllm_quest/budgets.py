@@ -8,7 +8,6 @@ The module is imported by every vLLM process, whether or not QUEST is selected: 
 loads the class as `logits_processor.LogitsProcessor`.
 """
 
-import difflib
 import multiprocessing
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +18,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from vllm_quest.config import UNLIMITED, engine_key
+from vllm_quest.config import UNLIMITED, engine_key, shown
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +47,14 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
         return SERVER_DEFAULT
     for key in extra_args:
         if key.startswith(PREFIX) and key != FIELD:
-            near = difflib.get_close_matches(key, [FIELD], n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown field {key!r}; did you mean {near!r}?")
+            raise ValueError(f"unknown field {shown(key)}; did you mean {FIELD!r}?")
     if FIELD not in extra_args:
         return SERVER_DEFAULT
     budget = extra_args[FIELD]
     is_integer = isinstance(budget, int) and not isinstance(budget, bool)
     if not is_integer or (budget < 1 and budget != UNLIMITED):
         raise ValueError(
-            f"{FIELD} is {budget!r}; allowed: a positive number of tokens (integer), "
+            f"{FIELD} is {shown(budget)}; allowed: a positive number of tokens (integer), "
             "or -1 for full attention"
         )
     return min(int(budget), np.iinfo(np.int32).max)

@@ -17,6 +17,9 @@ BOUNDS: tuple[Bounds, ...] = get_args(Bounds)
 """Scores that are made of two values per channel and page."""
 SCORES: tuple[Score, ...] = (*BOUNDS, "codes")
 
+LONGEST_SHOWN = 100
+"""Characters of a user's value that an error shows."""
+
 GROUP_TOKENS = 128
 """Tokens whose codes share a scale, with the score `codes`."""
 
@@ -95,16 +98,16 @@ class QuestConfig:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(
-                f"additional_config['{SECTION}'] is {settings!r}; expected a mapping such as "
+                f"additional_config['{SECTION}'] is {shown(settings)}; expected a mapping such as "
                 '{"token_budget": 2048}'
             )
         known = [field.name for field in fields(cls)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                near = difflib.get_close_matches(str(key)[:LONGEST_SHOWN], known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"additional_config['{SECTION}'] has an unknown key {key!r}.{hint} "
+                    f"additional_config['{SECTION}'] has an unknown key {shown(key)}.{hint} "
                     f"Known keys: {', '.join(known)}"
                 )
         return cls(**settings)
@@ -174,10 +177,20 @@ def _refuse_misplaced(key: Any, settings: list[str]) -> None:
     )
     if is_like_section or key in settings:
         raise ValueError(
-            f"additional_config has a key {key!r}, which nothing reads; QUEST's settings go into "
-            f'its section "{SECTION}": {{"{SECTION}": {{"token_budget": 2048}}}}'
+            f"additional_config has a key {shown(key)}, which nothing reads; QUEST's settings go "
+            f'into its section "{SECTION}": {{"{SECTION}": {{"token_budget": 2048}}}}'
         )
 
 
+def shown(value: object) -> str:
+    """A user's value as an error shows it: in one line, and cut if it is long."""
+    text = repr(value)
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
 def _bad_value(key: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"additional_config['{SECTION}']['{key}'] is {value!r}; allowed: {allowed}")
+    return ValueError(
+        f"additional_config['{SECTION}']['{key}'] is {shown(value)}; allowed: {allowed}"
+    )

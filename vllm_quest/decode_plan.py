@@ -65,6 +65,10 @@ class DecodePlan:
     workspace: Tensor | None
     """Scratch of `ops.sparse_decode` and `ops.cluster_decode`."""
 
+    beside_write: bool = True
+    """Whether decoding may begin while the step's keys are still being written: the rows' pages,
+    but for the last GROWING_PAGES, are of earlier steps (csrc/cuda/DESIGN.md)."""
+
     in_clusters: bool = False
     """Whether the device does all stages in one launch, `ops.cluster_decode`."""
 

@@ -1,6 +1,7 @@
 """Finds and loads the compiled operators: `_C` for CPUs (and all schemas), `_C_cuda` for GPUs."""
 
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def why_missing(device: str, gpu: int = 0) -> str | None:
     try:
         archs = compiled_for(device)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.__cause__ or error).splitlines()[0]  # PyTorch hides the loader's words
         return f"the operators for {device} do not load ({reason}); {build}"
     if gpu_arch is not None and not runs_on(archs, gpu_arch):
         return f"the operators for cuda hold code for {archs}, not for sm_{gpu_arch}; {build}"
@@ -75,11 +76,31 @@ def load(device: str) -> None:
     """Register a device's operators with PyTorch as `torch.ops.vllm_quest.*`.
 
     Raises:
-        OSError: the library is missing or does not fit the installed PyTorch.
+        OSError: the library is missing, cut off, or does not fit the installed PyTorch.
     """
     if device != "cpu":
         load("cpu")
-    torch.ops.load_library(str(library(device)))  # type: ignore[no-untyped-call]
+    path = library(device)
+    if is_cut_off(path):
+        raise OSError(f"{path} is cut off")
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether a library ends before its own table of sections does, as after half a copy.
+
+    The loader would map pages behind its end, and the process die of a bus error.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":  # no 64-bit library: the loader says so
+        return False
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_bytes, num_entries = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < int(table + entry_bytes * num_entries)
 
 
 def compiled_for(device: str) -> str:

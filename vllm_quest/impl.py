@@ -222,6 +222,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         }
         if chooses and plan.in_clusters and QuestImpl.chooser is choose_by_score:
             is_coded = self.quest.score == "codes"
+            follows_write_kv = self.has_own_cache and plan.beside_write and not is_coded
             for part, far_keys in plan.cluster_passes(with_scratch=is_coded):
                 masses = None
                 if is_coded:
@@ -241,7 +242,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                     rows[part],
                     output[part],
                     far_keys=far_keys,
-                    follows_write_kv=self.has_own_cache and part.start == 0 and not is_coded,
+                    follows_write_kv=follows_write_kv and part.start == 0,
                     masses=masses,
                     **attention,
                     **self.kept,

@@ -165,6 +165,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             metadata.dense_layers = self.dense_layers
             metadata.decode = self.planner.plan_decode(batch, decodes)
             metadata.decode.counters = self.monitor.counters
+            metadata.decode.beside_write = self._may_begin_beside_write(query_lens, num_decodes)
         if num_decodes < len(query_lens):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
         return metadata
@@ -207,6 +208,16 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
                 f"prefilling {is_prefilling.tolist()}); QUEST needs decodes first"
             )
         return num_decodes
+
+    def _may_begin_beside_write(self, query_lens: np.ndarray, num_decodes: int) -> bool:
+        """Whether no row's pages but its last are written in this step (`DecodePlan.beside_write`).
+
+        To the V1 runner, a request that starts anew after preemption reads a prompt only up to the
+        prompt's end. If it finds all tokens but its newest in the prefix cache, it looks like any
+        decode, while another request of the batch may only now be computing them: as a prefill,
+        since it is more than the few tokens of a decode.
+        """
+        return self.is_v2_runner or num_decodes == len(query_lens)
 
     def _token_budgets(self, batch: CommonAttentionMetadata, num_requests: int) -> np.ndarray:
         """Each request's budget, its own or the server's: `[num_requests]` int64, tokens."""

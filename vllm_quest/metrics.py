@@ -8,6 +8,7 @@ the process that makes the configuration, which is the one that answers `/metric
 directory, registers a collector of it, and tells its children by an environment variable.
 """
 
+import contextlib
 import os
 import tempfile
 import uuid
@@ -41,6 +42,10 @@ HELP = {
 }
 """The counters, in the order of `Counts`."""
 
+UNPUBLISHED = "QUEST's counters will not be on /metrics"
+FILE_BYTES = 1 << 16
+"""What `MmapedDict` makes of an empty file, and then maps."""
+
 _made_here: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -51,10 +56,32 @@ def expose() -> None:
     os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*names, VLLM_DIRECTORY, OUR_DIRECTORY]))
     if VLLM_DIRECTORY in os.environ or _made_here is not None:
         return
-    _made_here = tempfile.TemporaryDirectory(prefix="vllm-quest-metrics-")
+    try:
+        _made_here = tempfile.TemporaryDirectory(prefix="vllm-quest-metrics-")
+    except OSError as error:
+        logger.warning_once("%s (%s): set TMPDIR to a folder with room", UNPUBLISHED, error)
+        return
     os.environ[OUR_DIRECTORY] = _made_here.name
     collector = MultiProcessCollector(None, path=_made_here.name)  # type: ignore[no-untyped-call]
     REGISTRY.register(collector)
+
+
+def _reserve(path: str) -> None:
+    """Make a worker's file with room on the disk for all of it.
+
+    `MmapedDict` would make a file of holes. Writing to one of them on a full disk ends the process
+    with a bus error.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written to.
+    """
+    try:
+        with open(path, "xb") as file:
+            file.write(bytes(FILE_BYTES))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # half a file would stop who reads them all
+        raise
 
 
 class Publisher:
@@ -65,14 +92,20 @@ class Publisher:
         self._file: MmapedDict | None = None
         if not os.path.isdir(directory):
             logger.warning_once(
-                "QUEST's counters will not be on /metrics: this worker does not share a directory "
-                "with the API server (on another machine?)"
+                "%s: this worker does not share a directory with the API server (on another "
+                "machine?)",
+                UNPUBLISHED,
             )
             return
         # The collector takes the name up to the first _ for the metrics' type.
         name = f"counter_quest-{uuid.uuid4().hex}.db"
         path = os.path.join(directory, name)
-        self._file = MmapedDict(path)  # type: ignore[no-untyped-call]
+        try:
+            _reserve(path)
+            self._file = MmapedDict(path)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            logger.warning_once("%s (%s): make room and start again", UNPUBLISHED, error)
+            return
         labels = {
             "model_name": str(vllm_config.model_config.served_model_name),
             "engine": str(vllm_config.parallel_config.data_parallel_index),

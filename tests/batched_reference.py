@@ -1,0 +1,279 @@
+"""The reference for many rows at once: what `vllm_quest/reference.py` says, without its loops.
+
+For the fuzzer, which compares every decode row of a running engine. `tests/test_fuzz.py` holds it
+to the reference. Everything is in fp64 once loaded; tensors and dimension names: see `ops.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batch import FP32_ROUNDOFF, UNIT_ROUNDOFF, largest
+from vllm_quest import layout, ops, reference
+from vllm_quest.config import GROUP_TOKENS, Score
+
+DTYPE = torch.float64
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks that some rows read, once each, on the host."""
+
+    cache: Tensor  # [num_blocks, num_kv_heads, block_rows, 2 * head_size], dtype of the cache
+    numbers: Tensor  # [num_blocks] int64: where they are in the engine's cache, ascending
+    table: Tensor  # [num_rows, max_blocks] int64 into `cache`; 0 past a row's end
+    seq_lens: Tensor  # [num_rows] int64
+    page_size: int
+    score: Score
+
+    @classmethod
+    def of(cls, kv_cache: Tensor, rows: ops.Rows, page_size: int, score: Score) -> "Blocks":
+        """Gather them from an engine's cache."""
+        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
+        seq_lens = rows.seq_lens.cpu().long()
+        num_blocks = -(-seq_lens // block_tokens)
+        width = max(1, int(num_blocks.max()))
+        is_read = torch.arange(width) < num_blocks[:, None]
+        table = rows.block_table[:, :width].cpu().long()
+        numbers = torch.unique(table[is_read])
+        table = torch.searchsorted(numbers, table).where(is_read, 0)
+        cache = kv_cache[numbers.to(kv_cache.device)].cpu()
+        return cls(cache, numbers, table, seq_lens, page_size, score)
+
+    @property
+    def block_tokens(self) -> int:
+        return reference.tokens_per_block(self.cache, self.page_size, self.score)
+
+    @property
+    def block_pages(self) -> int:
+        return self.block_tokens // self.page_size
+
+    @property
+    def num_pages(self) -> Tensor:
+        """[num_rows] int64."""
+        return -(-self.seq_lens // self.page_size)
+
+    @property
+    def max_pages(self) -> int:
+        return max(1, int(self.num_pages.max()))
+
+    def tokens_filled(self, filled: dict[int, int]) -> Tensor:
+        """`[num_blocks]` int64: tokens that hold keys, by the block's number in the engine."""
+        return torch.tensor([filled[number] for number in self.numbers.tolist()])
+
+    def keys(self) -> Tensor:
+        """`[num_blocks, num_kv_heads, block_tokens, head_size]`, a view."""
+        return self.cache[:, :, : self.block_tokens, : self.cache.shape[3] // 2]
+
+
+def bounds(blocks: Blocks, filled: Tensor) -> Tensor:
+    """The bounds that blocks should have over their first `filled` tokens, where there are any.
+
+    `[num_blocks, num_kv_heads, block_pages, 2 * head_size]`, of the cache's dtype; NaN in pages
+    that hold nothing.
+    """
+    page_size, keys = blocks.page_size, blocks.keys()
+    keys = keys.unflatten(2, (-1, page_size))  # [blocks, heads, pages, page_size, head_size]
+    token = torch.arange(blocks.block_tokens).view(1, 1, -1, page_size, 1)
+    is_filled = token < filled.view(-1, 1, 1, 1, 1)
+    low = keys.masked_fill(~is_filled, torch.inf).amin(3)
+    high = keys.masked_fill(~is_filled, -torch.inf).amax(3)
+    if blocks.score != "minmax":
+        keys, count = keys.to(DTYPE), is_filled.sum(3).clamp(min=1)
+        if blocks.score == "mean_std":
+            center = keys.where(is_filled, 0.0).sum(3) / count
+            squares = (keys - center.unsqueeze(3)).where(is_filled, 0.0) ** 2
+            spread = (squares.sum(3) / count).sqrt()
+        else:
+            center = (low.to(DTYPE) + high.to(DTYPE)) / 2
+            spread = (keys - center.unsqueeze(3)).abs().where(is_filled, 0.0).sum(3) / count
+        low, high = (side.to(blocks.cache.dtype) for side in (center - spread, center + spread))
+    both = torch.cat([low, high], dim=-1)
+    return both.masked_fill(~is_filled[:, :, :, :1, 0], torch.nan)
+
+
+def stored_bounds(blocks: Blocks) -> Tensor:
+    """What the cache has in their place, a view."""
+    return blocks.cache[:, :, blocks.block_tokens :]
+
+
+def groups(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Codes as words, and offset|step: see `reference.group_rows`, for all groups of all blocks.
+
+    `[num_groups, num_kv_heads, head_size / 16, GROUP_TOKENS]` int32 and
+    `[num_groups, num_kv_heads, 2 * head_size]`.
+    """
+    rows = blocks.cache[:, :, blocks.block_tokens :].unflatten(2, (-1, layout.GROUP_ROWS))
+    rows = rows.transpose(1, 2).flatten(0, 1)  # [groups, heads, GROUP_ROWS, 2 * head_size]
+    num_words = rows.shape[3] // 32
+    words = rows[:, :, :-1].flatten(2).contiguous().view(torch.int32)
+    words = words[..., : num_words * GROUP_TOKENS].unflatten(2, (num_words, GROUP_TOKENS))
+    return words, rows[:, :, -1]
+
+
+def group_keys(blocks: Blocks) -> Tensor:
+    """`[num_groups, num_kv_heads, GROUP_TOKENS, head_size]`."""
+    return blocks.keys().unflatten(2, (-1, GROUP_TOKENS)).transpose(1, 2).flatten(0, 1)
+
+
+def codes_differ(blocks: Blocks, filled: Tensor) -> Tensor:
+    """`[num_groups]` bool: full groups whose codes or scales are not those of their keys."""
+    starts = torch.arange(0, blocks.block_tokens, GROUP_TOKENS)
+    is_full = (filled[:, None] >= starts + GROUP_TOKENS).flatten()
+    differ = torch.zeros(len(is_full), dtype=torch.bool)
+    if not is_full.any():
+        return differ
+    keys = group_keys(blocks)[is_full]
+    codes, offset, step = reference.codes_of(keys.flatten(0, 1))
+    expected = reference.pack(codes).unflatten(0, keys.shape[:2])
+    words, scales = groups(blocks)
+    expected_scales = torch.cat([offset, step], -1).unflatten(0, keys.shape[:2])
+    differ[is_full] = (words[is_full] != expected).flatten(1).any(1) | (
+        scales[is_full] != expected_scales
+    ).flatten(1).any(1)
+    return differ
+
+
+def by_kv_head(query: Tensor, num_kv_heads: int) -> Tensor:
+    """`[num_rows, num_kv_heads, group_size, head_size]` fp64."""
+    return query.cpu().to(DTYPE).unflatten(1, (num_kv_heads, -1))
+
+
+def score(query: Tensor, blocks: Blocks) -> Tensor:
+    """`[num_rows, num_kv_heads, max_pages]` fp64; what lies past a row's end means nothing."""
+    of_blocks = stored_bounds(blocks).to(DTYPE)
+    of_rows = of_blocks[blocks.table]  # [rows, blocks, heads, pages, 2 * head_size]
+    of_rows = of_rows.transpose(1, 2).flatten(2, 3)[:, :, : blocks.max_pages]
+    low, high = of_rows.unsqueeze(2).chunk(2, dim=-1)
+    q = by_kv_head(query, blocks.cache.shape[1]).unsqueeze(3)
+    return torch.maximum(q * low, q * high).sum(-1).amax(2)
+
+
+def score_codes(query: Tensor, blocks: Blocks, *, scale: float, soft_cap: float) -> Tensor:
+    """The same for the score `codes`."""
+    words, scales = groups(blocks)
+    offset, step = scales.to(DTYPE).unsqueeze(2).chunk(2, dim=-1)
+    codes = reference.unpack(words.flatten(0, 1)).unflatten(0, words.shape[:2])
+    coded = (offset + step * codes).unflatten(0, (len(blocks.cache), -1))
+    coded = coded.transpose(1, 2).flatten(2, 3)  # [blocks, heads, block_tokens, head_size]
+    keys = _of_rows(blocks, coded)
+    exact = _of_rows(blocks, blocks.keys().to(DTYPE))
+    token = torch.arange(keys.shape[2])
+    tokens_coded = blocks.seq_lens // GROUP_TOKENS * GROUP_TOKENS
+    keys = keys.where((token < tokens_coded[:, None]).view(-1, 1, len(token), 1), exact)
+    q = by_kv_head(query, blocks.cache.shape[1])
+    logits = reference.capped(q @ keys.transpose(2, 3) * scale, soft_cap)
+    beyond = (token >= blocks.seq_lens[:, None]).view(-1, 1, 1, len(token))
+    logits = logits.masked_fill(beyond, -torch.inf)
+    mass = torch.logsumexp(logits.unflatten(-1, (-1, blocks.page_size)), -1) / math.log(2)
+    total = torch.logsumexp(mass * math.log(2), -1, keepdim=True) / math.log(2)
+    scores = (mass - total).amax(2)[:, :, : blocks.max_pages]
+    page = torch.arange(scores.shape[2])
+    is_coded = page < (tokens_coded // blocks.page_size)[:, None]
+    return scores.where(is_coded.unsqueeze(1), 2.0**102 * (2.0**23 + page))
+
+
+def _of_rows(blocks: Blocks, of_blocks: Tensor) -> Tensor:
+    """`[num_blocks, num_kv_heads, block_tokens, n]` -> `[num_rows, num_kv_heads, tokens, n]`."""
+    return of_blocks[blocks.table].transpose(1, 2).flatten(2, 3)
+
+
+def select(
+    scores: Tensor, blocks: Blocks, budget_pages: Tensor, *, keep_first: int, keep_newest: int
+) -> tuple[Tensor, Tensor]:
+    """Which pages are chosen, and by how much: for rows over their budget.
+
+    Args:
+        scores: `[num_rows, num_kv_heads, >= max_pages]`.
+        blocks: of the rows.
+        budget_pages: `[num_rows]`.
+        keep_first: `keep_first_pages` of `ops.select`.
+        keep_newest: `keep_newest_percent` of `ops.select`.
+
+    Returns:
+        `[num_rows, num_kv_heads, max_pages]` bool, and `[num_rows]`: the smallest lead, of any KV
+        head, of the lowest score chosen over the highest that was not; infinite where no choice is.
+    """
+    num_pages, budget = blocks.num_pages[:, None, None], budget_pages.cpu().long()[:, None, None]
+    page = torch.arange(blocks.max_pages)
+    num_newest = (budget * keep_newest // 100).clamp(min=1)
+    num_first = (budget - num_newest).clamp(max=keep_first)
+    is_kept = (page < num_first) | (page >= num_pages - num_newest)
+    scores = scores[:, :, : len(page)].to(DTYPE)
+    scores = scores.masked_fill(is_kept, torch.inf).masked_fill(page >= num_pages, -torch.inf)
+    ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, page.expand_as(order).contiguous())
+    last = budget.clamp(max=len(page) - 1).expand(-1, scores.shape[1], -1)
+    leads = ordered.gather(-1, last - 1) - ordered.gather(-1, last)
+    leads = leads.nan_to_num(torch.inf, posinf=torch.inf).amin((1, 2))
+    return rank < budget, leads
+
+
+def attention(
+    query: Tensor,
+    blocks: Blocks,
+    is_attended: Tensor,
+    *,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over some pages, and how far fp32 and the output's dtype may be from it.
+
+    Both `[num_rows, num_heads, head_size]` fp64. The error is `batch.decode_error`'s, with what
+    each row and head has in place of the largest query, key and value of all: a logit's products
+    sum to Σ |q_d k_d| at most.
+
+    Args:
+        query: `[num_rows, num_heads, head_size]`.
+        blocks: of the rows.
+        is_attended: `[num_rows, num_kv_heads, max_pages]` bool.
+        scale: factor of q·k.
+        soft_cap: see `ops.sparse_decode`.
+        sinks: `[num_heads]`, see `ops.sparse_decode`.
+    """
+    _, num_kv_heads, _, width = blocks.cache.shape
+    pages_in_cache = blocks.cache[:, :, : blocks.block_tokens]
+    pages_in_cache = pages_in_cache.reshape(-1, blocks.page_size, width)
+    is_attended = is_attended & (torch.arange(blocks.max_pages) < blocks.num_pages[:, None, None])
+    count = is_attended.sum(-1)  # [rows, heads]
+    # The pages of each row and head, those attended first.
+    pages = torch.sort(~is_attended, dim=-1, stable=True).indices[..., : max(1, int(count.max()))]
+    row = torch.arange(len(pages)).view(-1, 1, 1)
+    head = torch.arange(num_kv_heads).view(1, -1, 1)
+    block = blocks.table[row, pages // blocks.block_pages]
+    place = (block * num_kv_heads + head) * blocks.block_pages + pages % blocks.block_pages
+    keys_values = pages_in_cache[place].to(DTYPE)  # [rows, heads, pages, page_size, 2 * head_size]
+    token = pages.unsqueeze(-1) * blocks.page_size + torch.arange(blocks.page_size)
+    is_seen = token < blocks.seq_lens.view(-1, 1, 1, 1)
+    is_seen &= (torch.arange(pages.shape[-1]) < count.unsqueeze(-1)).unsqueeze(-1)
+    is_seen = is_seen.flatten(2)  # [rows, heads, tokens]
+    keys_values = keys_values.flatten(2, 3).masked_fill(~is_seen.unsqueeze(-1), 0.0)
+    key, value = keys_values.chunk(2, dim=-1)
+    logits = by_kv_head(query, num_kv_heads) @ key.transpose(2, 3) * scale
+    logits = reference.capped(logits, soft_cap).masked_fill(~is_seen.unsqueeze(2), -torch.inf)
+    if sinks is not None:
+        of_heads = sinks.detach().cpu().to(DTYPE).view(1, num_kv_heads, -1, 1)
+        logits = torch.cat([logits, of_heads.expand(*logits.shape[:3], 1)], dim=-1)
+        value = torch.cat([value, torch.zeros_like(value[:, :, :1])], dim=2)
+    out = torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value  # a row of length 0 sees nothing
+    size = (by_kv_head(query, num_kv_heads).abs() @ key.abs().transpose(2, 3)).amax(-1) * scale
+    logit_error = (key.shape[-1] + 8) * FP32_ROUNDOFF * (size + soft_cap)
+    if sinks is not None:
+        logit_error += 8 * FP32_ROUNDOFF * largest(sinks.nan_to_num(neginf=0.0))
+    roundings = 2 * blocks.seq_lens.view(-1, 1, 1) + 8
+    weight_error = 2 * logit_error + roundings * FP32_ROUNDOFF
+    error = weight_error.unsqueeze(-1) * value.abs().amax((2, 3)).view(*count.shape, 1, 1)
+    error = error + UNIT_ROUNDOFF[query.dtype] * out.abs()
+    if query.dtype == torch.float16:
+        error += 2.0**-24
+    if query.is_cuda:
+        # Its kernels round weights to the cache's dtype before they multiply values
+        # (csrc/cuda/attention.cuh, `weigh`).
+        u = UNIT_ROUNDOFF[query.dtype]
+        error = (1 + u) * (
+            error + u * (torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value.abs())
+        )
+    return out.flatten(1, 2), error.flatten(1, 2)

@@ -1,0 +1,146 @@
+"""`python -m tests.fuzz`: draws engines and requests until the time is over, and reports.
+
+A fault ends its engine, is made small, and the next engine follows.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from . import models
+from .cases import Case, RequestCase, Wave
+from .draw import draw_engine, draw_wave
+from .run import Outcome, compare_alone, run_case, run_wave, running
+from .shrink import shrink
+
+SHARE_ALONE = 0.25
+"""Of an engine's time, for the same requests alone."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--engine-seconds", type=float, default=60.0, help="an engine's life")
+    parser.add_argument("--engine", type=int, help="this one of the seed's engines alone")
+    parser.add_argument("--waves", type=int, help="so many waves for each engine")
+    parser.add_argument("--case", type=Path, help="repeat a case that was written")
+    parser.add_argument("--shrink-seconds", type=float, default=240.0)
+    parser.add_argument("--out", type=Path, default=Path("fuzz-failures"))
+    parser.add_argument("--json", type=Path, help="write the totals there")
+    return parser.parse_args(arguments)
+
+
+def describe(case: Case) -> str:
+    """An engine in one line."""
+    engine, quest = case.engine, case.engine.quest
+    options = {
+        key: value for key, value in engine.options.items() if value not in (False, None, "fcfs")
+    }
+    return f"{engine.model} {engine.speculation} {quest} {options} {engine.environment}"
+
+
+def run_engine(
+    seed: int, index: int, seconds: float, num_waves: int | None, folder: Path
+) -> tuple[Case, Outcome]:
+    """One engine of the seed for a time, or for a number of waves."""
+    engine = draw_engine(seed, index)
+    outcome, waves = Outcome(), []
+    deadline = time.monotonic() + seconds * (1 - SHARE_ALONE)
+    vocabulary = models.vocabulary(engine.model)
+    try:
+        with running(engine, folder) as llm:
+            while not outcome.faults:
+                is_over = time.monotonic() > deadline if num_waves is None else False
+                if (waves and is_over) or len(waves) == num_waves:
+                    break
+                waves.append(draw_wave(seed, index, len(waves), engine))
+                outcome.add(run_wave(llm, waves[-1], vocabulary))
+        if not outcome.faults:
+            requests: list[RequestCase] = [each for wave in waves for each in wave.requests]
+            share = SHARE_ALONE * seconds
+            outcome.add(compare_alone(engine, requests, outcome, folder, share))
+    except Exception:
+        outcome.faults.append(traceback.format_exc()[-3000:])
+    return Case(engine, tuple(waves or [Wave(())])), outcome
+
+
+def report_failure(
+    case: Case, outcome: Outcome, repeat: str, arguments: argparse.Namespace, folder: Path
+) -> None:
+    """Say how to repeat a failure, and make it small."""
+    print("FAULT:", *outcome.faults[:5], sep="\n  ")
+    print(f"repeat: {repeat}")
+    if not arguments.shrink_seconds:
+        return
+
+    def fails(smaller: Case) -> bool:
+        return bool(run_case(smaller, folder).faults)
+
+    small = shrink(case, fails, arguments.shrink_seconds)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    small.write(path)
+    count = sum(len(wave.requests) for wave in small.waves)
+    print(f"smallest ({count} requests): python -m tests.fuzz --case {path}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the number of engines with faults."""
+    told = parse(arguments)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if told.case is not None:
+            outcome = run_case(Case.read(told.case), folder)
+            print(*outcome.faults or ["no fault"], sep="\n")
+            return len(outcome.faults)
+        total, num_engines, failures = Outcome(), 0, 0
+        while True:
+            index = num_engines if told.engine is None else told.engine
+            left = told.minutes * 60 - (time.monotonic() - started)
+            if (left < 5 and num_engines) or (told.engine is not None and num_engines):
+                break
+            begun = time.monotonic()
+            seconds = min(told.engine_seconds, left)
+            case, outcome = run_engine(told.seed, index, seconds, told.waves, folder)
+            num_engines += 1
+            took = time.monotonic() - begun
+            rows = outcome.totals.rows
+            print(
+                f"engine {index}: {describe(case)}\n  {len(case.waves)} waves, {rows} rows "
+                f"({outcome.totals.sparse_rows} sparse), {rows / took:.0f} rows/s, "
+                f"{len(outcome.resumed)} resumed, {outcome.compared} compared, "
+                f"{outcome.excused} near ties, {len(outcome.faults)} faults",
+                flush=True,
+            )
+            if outcome.faults:
+                failures += 1
+                repeat = f"--seed {told.seed} --engine {index} --waves {len(case.waves)}"
+                report_failure(case, outcome, f"python -m tests.fuzz {repeat}", told, folder)
+            outcome.answers.clear()
+            outcome.leads.clear()
+            total.add(Outcome(outcome.totals, [], {}, {}, {}, *counts(outcome)))
+    seconds = time.monotonic() - started
+    result = asdict(total.totals) | {
+        "engines": num_engines,
+        "engines_with_faults": failures,
+        "tokens": total.tokens,
+        "answers_compared_with_those_alone": total.compared,
+        "near_ties": total.excused,
+        "seconds": round(seconds),
+    }
+    print(json.dumps(result, indent=1))
+    if told.json is not None:
+        told.json.write_text(json.dumps(result, indent=1) + "\n")
+    return failures
+
+
+def counts(outcome: Outcome) -> tuple[int, int, int]:
+    """Its numbers beside the totals."""
+    return outcome.compared, outcome.excused, outcome.tokens

@@ -1,0 +1,151 @@
+"""Draws engines and requests: the same of the same seed, on every machine."""
+
+import random
+from typing import Any
+
+from engines import ON_GPU
+from vllm_quest.config import GROUP_TOKENS
+
+from .cases import EngineCase, RequestCase, Wave
+from .models import MODELS, family_options
+
+NUM_PREFIXES = 3
+CHOICES = ('{"type": "object", "properties": {"a": {"type": "integer"}}}',)
+
+
+def draw_engine(seed: int, index: int) -> EngineCase:
+    """The engine of a seed with this number, from 0 on."""
+    rng = random.Random(f"engine {seed} {index}")
+    names = list(MODELS)
+    [name] = rng.choices(names, [MODELS[name].weight for name in names])
+    model = MODELS[name]
+    [score] = rng.choices(["minmax", "codes", "mean_std", "mid_dev"], [5, 4, 1, 1])
+    page_size = rng.choice([8, 16, 16, 32, 64])
+    # Hybrids' states need large blocks.
+    smallest = GROUP_TOKENS if score == "codes" or model.is_hybrid else 16
+    sizes = [size for size in (16, 32, 64, 96, 128) if size >= smallest and size % page_size == 0]
+    block_size = rng.choice([size for size in sizes if score != "codes" or size == 128])
+    max_model_len = rng.choice([384, 640, 1024])
+    quest = {
+        "token_budget": rng.choice([page_size, 2 * page_size, 64, 64, 100, 128, 200, -1]),
+        "dense_layers": rng.choice([0, 0, 1, min(2, model.full_layers - 1)]),
+        "page_size": page_size,
+        "score": score,
+        "keep_first_pages": rng.choice([1, 1, 2] if score == "codes" else [0, 1, 2]),
+        "keep_newest_percent": rng.choice([0, 0, 25, 50, 100]),
+    }
+    max_num_seqs = rng.choice([3, 8, 16, 32, 48])
+    options: dict[str, Any] = {
+        "block_size": block_size,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": rng.choice([96, 128, 200, 512]),
+        "enable_prefix_caching": rng.random() < 0.7,
+        "scheduling_policy": rng.choice(["fcfs", "fcfs", "priority"]),
+    }
+    # The null block, and the states of other layers; more contexts than fit make requests wait.
+    contexts = rng.choice([1.1, 1.5, 3.0, 8.0])
+    of_others = 40 if model.is_hybrid else 4 + 4 * 128 // block_size if model.has_windows else 0
+    blocks = int(contexts * -(-max_model_len // block_size)) * (2 if model.has_windows else 1)
+    options["num_gpu_blocks_override"] = 2 + of_others + blocks
+    speculation = ""
+    if model.can_speculate:
+        speculation = rng.choice(["ngram", "ngram", "eagle", ""])
+    if model.on_disk and not speculation and not ON_GPU and rng.random() < 0.1:
+        options["tensor_parallel_size"] = 2
+    if name == "llama" and rng.random() < 0.5:
+        options["enable_prompt_embeds"] = True
+    environment = {}
+    if ON_GPU:
+        is_v2 = rng.random() < 0.5 and not model.is_hybrid
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1" if is_v2 else "0"
+        # The ledger knows of drafts that were turned down only once the scheduler does.
+        options["async_scheduling"] = rng.random() < 0.5 and not speculation
+        if is_v2:
+            options.pop("enable_prompt_embeds", None)
+        if rng.random() < 0.4:
+            graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+            options |= {"enforce_eager": False, "compilation_config": graphs}
+    return EngineCase(name, quest, options | family_options(name), speculation, environment)
+
+
+def draw_wave(seed: int, index: int, wave: int, engine: EngineCase) -> Wave:
+    """The wave of an engine with this number, from 0 on."""
+    rng = random.Random(f"wave {seed} {index} {wave}")
+    requests: list[RequestCase] = []
+    for number in range(rng.choice([4, 12, 24, 40])):
+        twin = rng.choice(requests) if requests and rng.random() < 0.2 else None
+        requests.append(_draw_request(rng, engine, f"w{wave}r{number}", twin))
+    last = max(request.arrives for request in requests)
+    resets = []
+    if rng.random() < 0.3:
+        resets.append((rng.randint(1, last + 40), rng.random() < 0.5))
+    return Wave(tuple(requests), tuple(resets))
+
+
+def _draw_request(
+    rng: random.Random, engine: EngineCase, name: str, twin: RequestCase | None
+) -> RequestCase:
+    """A request, of the same prompt as its twin and at the same time if it has one."""
+    options, page_size = engine.options, engine.quest["page_size"]
+    model = MODELS[engine.model]
+    longest = options["max_model_len"] - 2
+    edges = [page_size, options["block_size"], options["max_num_batched_tokens"], GROUP_TOKENS]
+
+    def length(limit: int) -> int:
+        if rng.random() < 0.3:
+            return min(limit, rng.randint(1, 300))
+        near = rng.choice(edges) * rng.randint(1, 4) + rng.choice([-1, 0, 0, 1])
+        return max(1, min(limit, near))
+
+    num_shared = rng.choice([0, length(longest // 2)])
+    values = {
+        "arrives": rng.choice([0, 0, rng.randint(0, 60)]),
+        "prefix": rng.randrange(NUM_PREFIXES),
+        "num_shared": num_shared,
+        "num_own": max(length(longest - num_shared - 8), 0 if num_shared else 1),
+        "own": rng.randrange(1 << 30),
+    }
+    if twin is not None:
+        values = {key: getattr(twin, key) for key in values}
+    room = longest - values["num_shared"] - values["num_own"]
+    num_answer = max(1, min(room, rng.choice([1, 2, page_size, 60, 120, rng.randint(1, 200)])))
+    if twin is not None and rng.random() < 0.7:
+        num_answer = twin.num_answer
+    budget = None
+    if not engine.speculation and rng.random() < 0.6:
+        budget = rng.choice([1, page_size, 2 * page_size, 48, 100, 200, -1, 10**6])
+    more: dict[str, Any] = {}
+    # On CPUs vLLM 0.32 answers greedy requests wrongly where others of a batch with an EAGLE head
+    # are not greedy, with any attention backend.
+    all_greedy = engine.speculation == "eagle" and not ON_GPU
+    is_greedy = twin is not None or all_greedy or rng.random() < 0.75
+    if not is_greedy:
+        if ON_GPU:  # on CPUs vLLM 0.32 stops where the prompt of a request with a seed is cut
+            more["seed"] = rng.randrange(1000)
+        if rng.random() < 0.4:
+            more["n"] = rng.choice([2, 3])
+    if rng.random() < 0.15:
+        more["logprobs"] = rng.choice([0, 3])
+    if rng.random() < 0.05 and not engine.speculation:
+        more["prompt_logprobs"] = 1
+    if model.has_tokenizer and rng.random() < 0.2:
+        more["stop"] = rng.sample(["a", "e", "the", " o"], 2)
+    if model.has_tokenizer and rng.random() < 0.15:
+        more["structured_outputs"] = rng.choice(
+            [{"regex": "[a-z]{3,40}"}, {"choice": ["amber", "falcon"]}, {"json": CHOICES[0]}]
+        )
+    is_embedded = bool(options.get("enable_prompt_embeds")) and rng.random() < 0.4
+    if is_embedded:
+        more.pop("prompt_logprobs", None)
+    return RequestCase(
+        name=name,
+        num_answer=num_answer,
+        budget=budget,
+        is_greedy=is_greedy,
+        is_embedded=is_embedded,
+        priority=rng.randrange(3) if options["scheduling_policy"] == "priority" else 0,
+        cancelled=rng.randint(0, 60) if rng.random() < 0.1 else None,
+        more=more,
+        **values,
+    )

@@ -1,0 +1,327 @@
+"""Runs a case: an engine under its waves with every row checked, and again each request alone."""
+
+import contextlib
+import importlib
+import itertools
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+import engines
+from engines import ON_GPU, engine
+
+from . import models
+from .cases import Case, EngineCase, RequestCase, Wave
+from .checker import Totals, start_checks, stop_checks, take_report
+
+TESTS = Path(__file__).parents[1]
+STUCK_STEPS = 400
+"""Steps without a token after which requests are taken for lost."""
+
+NEAR_TIE_OF_PAGES = 1e-5
+"""A lead of a page over another, relative to the largest score, that fp32 may undo: some roundings
+of each layer before it."""
+
+NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+
+
+@dataclass
+class Answer:
+    """What an engine said to a request."""
+
+    tokens: tuple[int, ...]
+    leads: tuple[float, ...] = ()
+    """Of each token's log probability over the next, where they were asked for."""
+
+    finished: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a wave, or a whole run, showed."""
+
+    totals: Totals = field(default_factory=Totals)
+    faults: list[str] = field(default_factory=list)
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    leads: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """By request, as `checker.Checker.leads`."""
+
+    resumed: dict[str, int] = field(default_factory=dict)
+    """By request that started anew: the tokens of its answer before."""
+
+    compared: int = 0
+    """Answers compared with those of the same requests alone."""
+
+    excused: int = 0
+    """Of these, those that differ behind a near tie."""
+
+    tokens: int = 0
+
+    def add(self, other: "Outcome") -> None:
+        """Take another's in."""
+        self.totals += other.totals
+        self.faults += other.faults
+        self.answers |= other.answers
+        self.leads |= other.leads
+        self.resumed |= other.resumed
+        self.compared += other.compared
+        self.excused += other.excused
+        self.tokens += other.tokens
+
+
+def prompt_tokens(request: RequestCase, vocabulary: int) -> list[int]:
+    """A request's prompt."""
+    shared = random.Random(f"prefix {request.prefix}")
+    own = random.Random(f"own {request.own}")
+    return [
+        rng.randrange(3, vocabulary)
+        for rng, count in ((shared, request.num_shared), (own, request.num_own))
+        for _ in range(count)
+    ]
+
+
+def sampling(request: RequestCase, *, alone: bool = False) -> SamplingParams:
+    """A request's parameters; those of a request alone ask for two log probabilities."""
+    more = dict(request.more)
+    if "structured_outputs" in more:
+        more["structured_outputs"] = StructuredOutputsParams(**more["structured_outputs"])
+    if alone:
+        more["logprobs"] = 2
+        more.pop("prompt_logprobs", None)
+    extra = None if request.budget is None else {"quest_token_budget": request.budget}
+    return SamplingParams(
+        temperature=0.0 if request.is_greedy else 1.0,
+        max_tokens=request.num_answer,
+        ignore_eos=True,
+        extra_args=extra,
+        **more,
+    )
+
+
+@contextlib.contextmanager
+def running(
+    case: EngineCase, folder: Path, *, is_checked: bool = True, **changes: Any
+) -> Iterator[LLM]:
+    """An engine of a case, with every row checked unless it should not be."""
+    options = case.options | changes
+    model = models.write(case.model, folder)
+    if case.speculation == "ngram":
+        options["speculative_config"] = NGRAM | {"num_speculative_tokens": 3}
+    elif case.speculation == "eagle":
+        head = {"method": "eagle", "model": models.write_head(folder)}
+        options["speculative_config"] = head | {"num_speculative_tokens": 3}
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**case.environment, "PYTHONPATH": os.pathsep.join(paths)}
+    if options.get("tensor_parallel_size", 1) > 1 and not ON_GPU:
+        first, *_, last = sorted(os.sched_getaffinity(0))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{first}|{last}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, environment))
+        stack.enter_context(models.loadable())
+        if case.speculation and not ON_GPU:
+            # vLLM 0.32 trips over an attribute of this module once a CPU engine has speculated
+            # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan, for good.
+            importlib.import_module("numba")
+            sys.modules.pop("llvmlite.binding.ffi", None)
+        llm = stack.enter_context(engine(model, quest=case.quest, **options))
+        if is_checked:
+            llm.collective_rpc(start_checks)
+            if options.get("tensor_parallel_size", 1) == 1:  # else workers' processes end
+                stack.callback(llm.collective_rpc, stop_checks)
+        yield llm
+
+
+def name_of(request_id: str, names: set[str]) -> str:
+    """The request that vLLM calls `0_w1r2-81a7f3`."""
+    return request_id.rpartition("_")[2].partition("-")[0] if names else request_id
+
+
+def run_wave(llm: LLM, wave: Wave, vocabulary: int, *, alone: bool = False) -> Outcome:
+    """Send a wave, step the engine until all requests have ended, and look at what was found."""
+    outcome, server = Outcome(), llm.llm_engine
+    waiting = sorted(wave.requests, key=lambda request: request.arrives)
+    cancels = {
+        request.name: request.arrives + request.cancelled
+        for request in waiting
+        if request.cancelled is not None
+    }
+    sent: dict[str, RequestCase] = {}
+    done: dict[str, dict[int, Any]] = {}  # by index of the answer; empty where cancelled
+    parts: dict[str, dict[int, Any]] = {}
+    embeddings = None
+    last_progress = step = 0
+    resets = dict(wave.resets)
+    for step in itertools.count():
+        while waiting and (waiting[0].arrives <= step or not server.has_unfinished_requests()):
+            request = waiting.pop(0)
+            tokens = prompt_tokens(request, vocabulary)
+            prompt: Any = {"prompt_token_ids": tokens}
+            if request.is_embedded:
+                if embeddings is None:
+                    embeddings = models.embeddings(llm.llm_engine.model_config.model)
+                prompt = {"prompt_embeds": embeddings[tokens]}
+            parameters = sampling(request, alone=alone)
+            server.add_request(request.name, prompt, parameters, priority=request.priority)
+            sent[request.name] = request
+            last_progress = step
+        for name in [name for name, at in cancels.items() if at <= step and name in sent]:
+            del cancels[name]
+            if name not in done:
+                server.abort_request([name])
+                done[name] = {}
+        if step in resets:
+            server.reset_prefix_cache(reset_running_requests=resets[step])
+        if not server.has_unfinished_requests():
+            if not waiting:
+                break
+            continue
+        for output in server.step():
+            last_progress = step
+            own = parts.setdefault(output.request_id, {})
+            own |= {each.index: each for each in output.outputs}
+            if output.finished:
+                done[output.request_id] = own
+        if step - last_progress > STUCK_STEPS:
+            names = sorted(sent.keys() - done.keys())
+            outcome.faults.append(f"no token in {STUCK_STEPS} steps; {names} have not ended")
+            server.abort_request(names)
+            break
+    for name, own in done.items():
+        if own:
+            outcome.answers[name] = [_answer(own[index]) for index in sorted(own)]
+            outcome.faults += _lost_tokens(sent[name], outcome.answers[name])
+            outcome.tokens += sum(len(answer.tokens) for answer in outcome.answers[name])
+    for name in sent.keys() - done.keys():
+        outcome.faults.append(f"{name} was lost")
+    for report in () if alone else llm.collective_rpc(take_report):
+        outcome.totals += Totals(**report["totals"])
+        outcome.faults += report["faults"]
+        for request_id, leads in report["leads"].items():
+            outcome.leads.setdefault(name_of(request_id, set(sent)), []).extend(leads)
+        for request_id, tokens in report["resumed"].items():
+            outcome.resumed[name_of(request_id, set(sent))] = tokens
+    return outcome
+
+
+def _answer(output: Any) -> Answer:
+    leads = []
+    for logprobs in output.logprobs or ():
+        ordered = sorted((entry.logprob for entry in logprobs.values()), reverse=True)
+        leads.append(ordered[0] - ordered[1] if len(ordered) > 1 else 0.0)
+    return Answer(tuple(output.token_ids), tuple(leads))
+
+
+def _lost_tokens(request: RequestCase, answers: list[Answer]) -> list[str]:
+    """Answers that ended early without a reason."""
+    if "stop" in request.more or "structured_outputs" in request.more:
+        return []
+    lengths = [len(answer.tokens) for answer in answers]
+    expected = [request.num_answer] * request.more.get("n", 1)
+    return [] if lengths == expected else [f"{request}: {lengths} tokens, not {expected}"]
+
+
+def comparable(case: EngineCase, request: RequestCase) -> bool:
+    """Whether a request's tokens do not depend on what shares its batches.
+
+    bf16 rounds other batches differently, and other pages become the best.
+    """
+    budget = case.quest["token_budget"] if request.budget is None else request.budget
+    is_sparse = 0 <= budget < case.options["max_model_len"]
+    in_bf16 = ON_GPU or case.options.get("dtype") == "bfloat16"
+    return request.is_greedy and request.cancelled is None and not (is_sparse and in_bf16)
+
+
+def run_alone(
+    case: EngineCase, requests: list[RequestCase], busy: Outcome, folder: Path, seconds: float
+) -> Outcome:
+    """Send requests one at a time to a calm engine, and compare its answers with the busy one's."""
+    outcome = Outcome()
+    calm = EngineCase(case.model, case.quest, case.options, "", case.environment)
+    changes = {
+        "enable_prefix_caching": False,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": max(512, case.options["max_num_batched_tokens"]),
+        "num_gpu_blocks_override": None,
+        "scheduling_policy": "fcfs",
+        "tensor_parallel_size": 1,
+        "async_scheduling": None,
+        "enforce_eager": True,
+        "compilation_config": {},
+        "enable_prompt_embeds": False,
+    }
+    deadline = time.monotonic() + seconds
+    vocabulary = models.vocabulary(case.model)
+    with running(calm, folder, is_checked=False, **changes) as llm:
+        for request in requests:
+            if time.monotonic() > deadline:
+                break
+            values = vars(request) | {"arrives": 0, "is_embedded": False, "priority": 0}
+            alone = run_wave(llm, Wave((RequestCase(**values),)), vocabulary, alone=True)
+            outcome.faults += alone.faults
+            if request.name in alone.answers:
+                _compare(request, alone, busy, outcome)
+    return outcome
+
+
+def _compare(request: RequestCase, alone: Outcome, busy: Outcome, outcome: Outcome) -> None:
+    name = request.name
+    [expected], found = alone.answers[name], busy.answers[name][0]
+    outcome.compared += 1
+    count = min(len(expected.tokens), len(found.tokens))
+    if name in busy.resumed and request.budget != -1:
+        # A request that starts anew reads its own answer as prefill does, in full.
+        count = min(count, busy.resumed[name])
+    differ = [i for i in range(count) if expected.tokens[i] != found.tokens[i]]
+    if not differ:
+        return
+    first = differ[0]
+    seq_len = request.num_shared + request.num_own + first
+    near = [
+        lead for at, lead in busy.leads.get(name, ()) if at <= seq_len and lead < NEAR_TIE_OF_PAGES
+    ]
+    if expected.leads[first] < engines.NEAR_TIE or near:
+        outcome.excused += 1
+        return
+    outcome.faults.append(
+        f"{request}: token {first} of its answer is {found.tokens[first]}, alone "
+        f"{expected.tokens[first]} with a lead of {expected.leads[first]:.3g}"
+    )
+
+
+def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
+    """All of a case; faults of any kind end it."""
+    outcome = Outcome()
+    vocabulary = models.vocabulary(case.engine.model)
+    try:
+        with running(case.engine, folder) as llm:
+            for wave in case.waves:
+                outcome.add(run_wave(llm, wave, vocabulary))
+                if outcome.faults:
+                    return outcome
+        requests = [request for wave in case.waves for request in wave.requests]
+        outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
+    except Exception:
+        outcome.faults.append(traceback.format_exc()[-3000:])
+    return outcome
+
+
+def compare_alone(
+    case: EngineCase, requests: list[RequestCase], busy: Outcome, folder: Path, seconds: float
+) -> Outcome:
+    """`run_alone` with the requests whose tokens can be compared, the newest first."""
+    chosen = [
+        request
+        for request in reversed(requests)
+        if request.name in busy.answers and comparable(case, request)
+    ]
+    return run_alone(case, chosen, busy, folder, seconds) if chosen else Outcome()

@@ -1,0 +1,131 @@
+"""A server as users start it, its memory and its metrics."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+DEMO_MODEL = Path(__file__).parents[2] / "vllm_quest" / "demo_model"
+QUEST = {"token_budget": 512, "dense_layers": 1}
+LAYERS, KV_HEADS = 4, 2
+"""Of the bundled model."""
+
+START_LIMIT_S = 300
+ENDS_BY_ITSELF_S = 20
+
+
+@dataclass
+class Server:
+    """`vllm serve` with QUEST on the bundled model."""
+
+    log: IO[bytes]
+    options: list[str] = field(default_factory=list)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> float:
+        """Start it and wait until it is healthy; returns how long that took, in seconds.
+
+        Raises:
+            RuntimeError: it ended, or did not become healthy in time.
+        """
+        if not self.port:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
+        quest = json.dumps({"quest": QUEST})
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(DEMO_MODEL)]
+        command += ["--attention-backend", "QUEST", "--additional-config", quest]
+        command += ["--port", str(self.port), *self.options]
+        begun = time.monotonic()
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT
+        )
+        while time.monotonic() - begun < START_LIMIT_S:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}")
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=1)
+                return time.monotonic() - begun
+            time.sleep(0.5)
+        raise RuntimeError(f"the server was not healthy within {START_LIMIT_S} s")
+
+    def is_up(self) -> bool:
+        """Whether its first process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def family(self) -> list[psutil.Process]:
+        """The server's processes."""
+        assert self.process is not None
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def rss_mib(self) -> float:
+        """Resident memory of all its processes."""
+        total = 0
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total / 2**20
+
+    def kill(self) -> list[str]:
+        """`kill -9` its first process; returns the names of those that do not end by themselves.
+
+        vLLM's engine does not, with any attention backend, and is killed as well.
+        """
+        family = self.family()
+        assert self.process is not None
+        os.kill(family[0].pid, signal.SIGKILL)
+        self.process.wait()
+        _, alive = psutil.wait_procs(family[1:], timeout=ENDS_BY_ITSELF_S)
+        names = [process.name() for process in alive]
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive)
+        return names
+
+    def stop(self) -> None:
+        """As Ctrl-C does."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters by name, and by name and finished_reason where they have one."""
+        lines = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
+        values: dict[str, float] = {}
+        for line in lines.splitlines():
+            if line.startswith("vllm:"):
+                sample, _, value = line.rpartition(" ")
+                name, _, labels = sample.partition("{")
+                values[name] = values.get(name, 0) + float(value)
+                if 'finished_reason="' in labels:
+                    reason = labels.partition('finished_reason="')[2].partition('"')[0]
+                    key = f"{name} {reason}"
+                    values[key] = values.get(key, 0) + float(value)
+        return values
+
+
+def gpu_mib() -> float | None:
+    """Memory in use on the first GPU; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    process = subprocess.run(query, capture_output=True, text=True)
+    return float(process.stdout.splitlines()[0]) if process.returncode == 0 else None

@@ -1,0 +1,270 @@
+"""The fuzzer: its reference is the reference, it notices planted faults, and its minute passes."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import batched_reference
+from batch import SINKS, Batch, Shape, decode_error, make_batch
+from batched_reference import Blocks
+from engines import ON_GPU
+from fuzz import checker
+from fuzz.cases import Case, EngineCase, RequestCase, Wave
+from fuzz.draw import draw_engine, draw_wave
+from fuzz.run import run_wave, running
+from fuzz.shrink import shrink
+from vllm_quest import ops, reference
+from vllm_quest.metadata import QuestMetadataBuilder
+from vllm_quest.platforms import this_platform
+
+LENGTHS = [1, 15, 16, 17, 127, 128, 129, 300, 385, 0, 512]
+
+
+def batches() -> list[Batch]:
+    """All that the batched reference has branches for."""
+    shapes = [
+        Shape(head_size=64, pages_per_block=8, dtype=torch.float32),
+        Shape(head_size=64, group_size=1, page_size=8, pages_per_block=3),
+        Shape(head_size=64, page_size=32, pages_per_block=4, score="mean_std"),
+        Shape(head_size=96, page_size=64, score="mid_dev", dtype=torch.float32),
+        Shape(head_size=64, pages_per_block=16, score="codes"),
+        Shape(head_size=64, page_size=64, pages_per_block=2, score="codes", dtype=torch.float32),
+    ]
+    budgets = [3, 1, 5, 2, 4, 3, 100, 6, 7, 1, 9]
+    made = []
+    for seed, shape in enumerate(shapes):
+        extras = {"soft_cap": 5.0 * (seed % 2), "sinks": SINKS if seed % 3 else None}
+        batch = make_batch(shape, LENGTHS, budgets, seed=seed, **extras)
+        kept = {"keep_first_pages": 1 + seed % 2, "keep_newest_percent": 40 * (seed % 3)}
+        made.append(replace(batch, kept=kept))
+    return made
+
+
+@pytest.mark.parametrize("batch", batches(), ids=lambda batch: str(batch.shape))
+def test_the_batched_reference_is_the_reference(batch):
+    shape = batch.shape
+    expected = batch.fresh()
+    expected = replace(expected, out=expected.out.double(), scores=expected.scores.double())
+    expected.run(reference)
+    blocks = Blocks.of(batch.kv_cache, batch.rows, shape.page_size, shape.score)
+    if shape.score == "codes":
+        logits = {"scale": batch.scale, "soft_cap": batch.soft_cap}
+        scores = batched_reference.score_codes(batch.query, blocks, **logits)
+    else:
+        scores = batched_reference.score(batch.query, blocks)
+    budget = batch.rows.budget_pages
+    chosen, leads = batched_reference.select(
+        scores,
+        blocks,
+        budget.clamp(max=blocks.max_pages),
+        keep_first=batch.kept["keep_first_pages"],
+        keep_newest=batch.kept["keep_newest_percent"],
+    )
+    assert (leads >= 0).all()
+    over = [row for row in range(len(LENGTHS)) if batch.over_budget(row)]
+    for row in over:
+        pages = batch.num_pages(row)
+        torch.testing.assert_close(scores[row, :, :pages], expected.scores[row, :, :pages])
+        for head in range(shape.num_kv_heads):
+            listed = expected.pages[row, head, : int(budget[row])].tolist()
+            assert chosen[row, head].nonzero().flatten().tolist() == listed
+    is_over = torch.tensor([row in over for row in range(len(LENGTHS))])
+    attended = chosen | ~is_over[:, None, None]
+    out, error = batched_reference.attention(
+        batch.query,
+        blocks,
+        attended,
+        scale=batch.scale,
+        soft_cap=batch.soft_cap,
+        sinks=batch.sinks,
+    )
+    torch.testing.assert_close(out, expected.out, rtol=1e-12, atol=1e-12)
+    assert (error <= decode_error(batch, expected.out)).all()
+    found = batch.fresh().run()
+    same = (found.pages == expected.pages).flatten(1).all(1)
+    assert same.sum() >= len(LENGTHS) - 1  # but for a near tie
+    assert ((found.out.double() - out).abs() <= error)[same].all()
+
+
+@pytest.mark.parametrize("batch", batches(), ids=lambda batch: str(batch.shape))
+def test_what_is_stored_beside_keys_is_told_from_other_bytes(batch):
+    shape = batch.shape
+    blocks = Blocks.of(batch.kv_cache, batch.rows, shape.page_size, shape.score)
+    filled = torch.zeros(len(blocks.numbers), dtype=torch.int64)
+    for row, seq_len in enumerate(LENGTHS):
+        for index in range(-(-seq_len // shape.block_tokens)):
+            tokens = min(shape.block_tokens, seq_len - index * shape.block_tokens)
+            filled[blocks.table[row, index]] = tokens
+
+    def differ() -> torch.Tensor:
+        if shape.score == "codes":
+            return batched_reference.codes_differ(blocks, filled)
+        expected = batched_reference.bounds(blocks, filled)
+        found = batched_reference.stored_bounds(blocks)
+        close = torch.isclose(found, expected, rtol=1e-2 if shape.score != "minmax" else 0, atol=0)
+        return ~close & ~expected.isnan()
+
+    assert not differ().any()
+    full = int(filled.argmax())
+    blocks.cache[full, 0, 5, 3] += 8.0  # a key that leaves its page's bounds, or changes its codes
+    assert differ().any()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    """A calm engine under the checker."""
+    quest = {"token_budget": 64, "dense_layers": 1, "page_size": 16}
+    options = {"block_size": 32, "max_model_len": 512, "max_num_batched_tokens": 128}
+    case = EngineCase("llama", quest, options | {"enable_prefix_caching": False})
+    with running(case, folder) as llm:
+        yield llm
+
+
+def small_wave(**changes) -> Wave:
+    """A few requests within and beyond the budget."""
+    requests = [
+        RequestCase(f"r{own}", 0, 0, 0, length, own, 6, **changes)
+        for own, length in enumerate([129, 33, 200, 257])
+    ]
+    return Wave(tuple(requests))
+
+
+def later(function, damage):
+    """A function, and what a fault in it leaves: `damage(result, *arguments, **named)`."""
+
+    def damaged(*arguments, **named):
+        result = function(*arguments, **named)
+        changed = damage(result, *arguments, **named)
+        return result if changed is None else changed
+
+    return damaged
+
+
+def one_page_more(pages, *_):
+    return pages + 1
+
+
+def a_token_short(plan, *_):
+    plan.rows.seq_lens.sub_(1)
+
+
+def all_settled(decodes_seq, *_):
+    decodes_seq[1][:] = False
+
+
+def stale_bounds(_, key, value, kv_cache, slots, *, page_size, score):
+    kv_cache[slots.max() // 32, :, 32] += 1.0
+
+
+def a_neighbour(_, scores, rows, pages, **named):
+    pages[:, 0, 1] += 1
+
+
+def off_by_little(_, query, kv_cache, rows, pages, out, **named):
+    out[0, 0, 0] += 0.5
+
+
+def one_row_more(_, query, kv_cache, rows, pages, out, *, counters, **named):
+    counters[0] += 1
+
+
+def higher_scores(_, query, kv_cache, rows, scores, **named):
+    scores[..., 2] *= 1.001
+
+
+PLANTED = {
+    "a budget": (QuestMetadataBuilder, "_budget_pages", one_page_more, "budget of"),
+    "a length": ("planner", "plan_decode", a_token_short, "length"),
+    "an end of a prompt": (QuestMetadataBuilder, "_requests", all_settled, "budget of"),
+    "bounds": ("operator", "write_kv", stale_bounds, "other bytes"),
+    "a score": ("operator", "score", higher_scores, "score ["),
+    # On GPUs from sm_90 on it is made within `cluster_decode`.
+    **({} if ON_GPU else {"a selection": (ops, "select", a_neighbour, "are wrong")}),
+    "an output": ("operator", "sparse_decode", off_by_little, "output is off"),
+    "a counter": ("operator", "sparse_decode", one_row_more, "counters grew"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_fault_is_seen(llm, what):
+    where, name, damage, words = PLANTED[what]
+    clean = run_wave(llm, small_wave(), 512)
+    assert clean.faults == []
+    assert clean.totals.sparse_rows > 0
+    with contextlib.ExitStack() as stack:
+        if where == "operator":
+            real = checker.REAL
+            stack.enter_context(mock.patch.dict(real, {name: later(real[name], damage)}))
+        else:
+            owner = this_platform().BatchPlanner if where == "planner" else where
+            patch = mock.patch.object(owner, name, later(getattr(owner, name), damage))
+            stack.enter_context(patch)
+        # 129 tokens in chunks of 128: the end of a prompt is one token.
+        faults = run_wave(llm, small_wave(), 512).faults
+    assert any(words in fault for fault in faults), faults
+
+
+def test_resumed_requests_that_share_a_prefix(folder, monkeypatch):
+    """Twins are told to start anew at each step. Where all tokens of one but its newest fill whole
+    blocks, it finds them in the cache although the other only now computes them, and has one token
+    left: on vLLM's V1 runner it counts as a decode whose pages are of earlier steps.
+    """
+    v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    quest = {"token_budget": 32, "dense_layers": 0, "page_size": 8}
+    options = {"block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 512}
+    twins = [RequestCase(name, 0, 0, 0, 177, own=1, num_answer=40) for name in ("a", "b")]
+    wave = Wave(tuple(twins), tuple((step, True) for step in range(1, 40)))
+    with running(EngineCase("llama", quest, options, environment=v1), folder) as llm:
+        found = run_wave(llm, wave, 512)
+        assert found.faults == []
+        # With the promise that V2 can keep, of which condition 3 is a part.
+        monkeypatch.setattr(QuestMetadataBuilder, "_may_begin_beside_write", lambda *_: True)
+        faults = run_wave(llm, wave, 512).faults
+        assert any("counts as settled" in fault for fault in faults), faults
+
+
+def test_a_failing_case_becomes_small():
+    engine = draw_engine(0, 0)
+    waves = tuple(draw_wave(0, 0, number, engine) for number in range(3))
+    culprit = next(each for each in waves[1].requests if each.num_answer > 3)
+
+    def fails(case: Case) -> bool:
+        names = {each.name: each for wave in case.waves for each in wave.requests}
+        return culprit.name in names and names[culprit.name].num_answer > 1
+
+    small = shrink(Case(engine, waves), fails, seconds=30)
+    [request] = [each for wave in small.waves for each in wave.requests]
+    assert (request.name, request.num_answer <= 3) == (culprit.name, True)
+    assert not request.more and not small.engine.speculation
+
+
+def test_a_case_survives_its_file(tmp_path):
+    engine = draw_engine(5, 1)
+    case = Case(engine, (draw_wave(5, 1, 0, engine),))
+    case.write(tmp_path / "case.json")
+    assert Case.read(tmp_path / "case.json") == case
+
+
+def test_a_fixed_half_minute(tmp_path):
+    """Other seeds, and longer: `python -m tests.fuzz --seed N --minutes M`."""
+    arguments = ["--seed", "1", "--minutes", "0.5", "--engine-seconds", "8"]
+    totals = tmp_path / "totals.json"
+    command = [sys.executable, "-m", "tests.fuzz", *arguments, "--json", str(totals)]
+    root = Path(__file__).parents[1]
+    process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-2000:]
+    result = json.loads(totals.read_text())
+    assert result["engines_with_faults"] == 0
+    assert result["sparse_rows"] > 100
