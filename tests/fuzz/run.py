@@ -306,7 +306,7 @@ def _compare(
 
 
 def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
-    """All of a case; faults of any kind end it."""
+    """All of a case; faults of any kind end it. With no seconds, requests are not sent alone."""
     outcome = Outcome()
     vocabulary = models.vocabulary(case.engine.model)
     try:
@@ -316,7 +316,8 @@ def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
                 if outcome.faults:
                     return outcome
         requests = [request for wave in case.waves for request in wave.requests]
-        outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
+        if alone_seconds:
+            outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
     except Exception:
         outcome.faults.append(traceback.format_exc()[-3000:])
     return outcome

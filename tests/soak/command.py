@@ -163,7 +163,8 @@ def plot(samples: list[dict[str, float]], path: Path, title: str) -> None:
     for key, name in names.items():
         if key in samples[0]:
             axis.plot(minutes, [sample[key] / 1024 for sample in samples], label=name)
-    axis.set(xlabel="time (minutes)", ylabel="memory (GiB)", ylim=(0, None), title=title)
+    axis.set(xlabel="time (minutes)", ylabel="memory (GiB)", title=title)
+    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110, metadata={"Software": None})
