@@ -79,8 +79,11 @@ def report_failure(
     if not arguments.shrink_seconds:
         return
 
+    differs = any(", alone " in fault for fault in outcome.faults)
+    alone_seconds = 20.0 if differs else 0.0
+
     def fails(smaller: Case) -> bool:
-        return bool(run_case(smaller, folder).faults)
+        return bool(run_case(smaller, folder, alone_seconds).faults)
 
     small = shrink(case, fails, arguments.shrink_seconds)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -230,15 +230,20 @@ def _lost_tokens(request: RequestCase, answers: list[Answer]) -> list[str]:
     return [] if lengths == expected else [f"{request}: {lengths} tokens, not {expected}"]
 
 
+def may_be_sparse(case: EngineCase, request: RequestCase) -> bool:
+    """Whether a request's budget is less than the longest context."""
+    budget = case.quest["token_budget"] if request.budget is None else request.budget
+    return bool(0 <= budget < case.options["max_model_len"])
+
+
 def comparable(case: EngineCase, request: RequestCase) -> bool:
     """Whether a request's tokens do not depend on what shares its batches.
 
     bf16 rounds other batches differently, and other pages become the best.
     """
-    budget = case.quest["token_budget"] if request.budget is None else request.budget
-    is_sparse = 0 <= budget < case.options["max_model_len"]
     in_bf16 = ON_GPU or case.options.get("dtype") == "bfloat16"
-    return request.is_greedy and request.cancelled is None and not (is_sparse and in_bf16)
+    is_steady = not (in_bf16 and may_be_sparse(case, request))
+    return request.is_greedy and request.cancelled is None and is_steady
 
 
 def run_alone(
@@ -269,16 +274,18 @@ def run_alone(
             alone = run_wave(llm, Wave((RequestCase(**values),)), vocabulary, alone=True)
             outcome.faults += alone.faults
             if request.name in alone.answers:
-                _compare(request, alone, busy, outcome)
+                _compare(case, request, alone, busy, outcome)
     return outcome
 
 
-def _compare(request: RequestCase, alone: Outcome, busy: Outcome, outcome: Outcome) -> None:
+def _compare(
+    case: EngineCase, request: RequestCase, alone: Outcome, busy: Outcome, outcome: Outcome
+) -> None:
     name = request.name
     [expected], found = alone.answers[name], busy.answers[name][0]
     outcome.compared += 1
     count = min(len(expected.tokens), len(found.tokens))
-    if name in busy.resumed and request.budget != -1:
+    if name in busy.resumed and may_be_sparse(case, request):
         # A request that starts anew reads its own answer as prefill does, in full.
         count = min(count, busy.resumed[name])
     differ = [i for i in range(count) if expected.tokens[i] != found.tokens[i]]
@@ -299,7 +306,7 @@ def _compare(request: RequestCase, alone: Outcome, busy: Outcome, outcome: Outco
 
 
 def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
-    """All of a case; faults of any kind end it."""
+    """All of a case; faults of any kind end it. With no seconds, requests are not sent alone."""
     outcome = Outcome()
     vocabulary = models.vocabulary(case.engine.model)
     try:
@@ -309,7 +316,8 @@ def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
                 if outcome.faults:
                     return outcome
         requests = [request for wave in case.waves for request in wave.requests]
-        outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
+        if alone_seconds:
+            outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
     except Exception:
         outcome.faults.append(traceback.format_exc()[-3000:])
     return outcome
