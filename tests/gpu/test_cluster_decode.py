@@ -204,24 +204,19 @@ def test_tables_longer_than_shared_memory_keeps() -> None:
     assert decodes_alike(make_batch(Shape(page_size=8), [20_000, 300], 40, DEVICE))
 
 
-@pytest.mark.parametrize("pages_per_block", [1, 8])
-@pytest.mark.parametrize("budget_pages", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
-@pytest.mark.parametrize("times", [1, 3])  # so many rows that each has a CTA alone
-def test_decoding_beside_the_write_reads_what_is_written(
-    times: int, budget_pages: int, pages_per_block: int
-) -> None:
+def decodes_what_is_written_beside_it(shape: Shape, lengths: list[int], budget_pages: int) -> None:
     """In a graph, as in a model: each step's new keys and values are in its result."""
-    shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
-    lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650] * times
     batch = make_batch(shape, lengths, budget_pages, DEVICE)
     last = batch.rows.seq_lens.long() - 1
     row = torch.arange(len(lengths), device=DEVICE)
     slots = batch.rows.block_table[row, last // shape.block_tokens].long() * shape.block_tokens
     slots += last % shape.block_tokens
-    new = torch.randn(2, len(lengths), 4, shape.head_size, device=DEVICE).to(shape.dtype)
+    sizes = (2, len(lengths), shape.num_kv_heads, shape.head_size)
+    new = torch.randn(sizes, device=DEVICE).to(shape.dtype)
+    settings = {"page_size": shape.page_size, "scales": batch.scales}
 
     def step() -> None:
-        ops.write_kv(new[0], new[1], batch.kv_cache, slots, page_size=shape.page_size)
+        ops.write_kv(*new, batch.kv_cache, slots, **settings)
         batch.cluster_decode(follows_write_kv=True)
 
     step()
@@ -236,6 +231,19 @@ def test_decoding_beside_the_write_reads_what_is_written(
         graph.replay()
         beside = batch.out.clone()
         assert same_bits(batch.cluster_decode(), beside)
+
+
+GROWING_LENGTHS = [1, 16, 17, 700, 4097, 9000, 2048, 650]
+
+
+@pytest.mark.parametrize("pages_per_block", [1, 8])
+@pytest.mark.parametrize("budget_pages", [4, 40, ops.UNLIMITED_PAGES, ops.UNSETTLED_PAGES])
+@pytest.mark.parametrize("times", [1, 3])  # so many rows that each has a CTA alone
+def test_decoding_beside_the_write_reads_what_is_written(
+    times: int, budget_pages: int, pages_per_block: int
+) -> None:
+    shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block)
+    decodes_what_is_written_beside_it(shape, GROWING_LENGTHS * times, budget_pages)
 
 
 def test_rows_have_budgets_of_their_own() -> None:

@@ -18,7 +18,13 @@ from batch import (
     make_batch,
     score_error,
 )
-from gpu.test_cluster_decode import decodes_alike, decodes_far_keys_alike, wide_table
+from gpu.test_cluster_decode import (
+    GROWING_LENGTHS,
+    decodes_alike,
+    decodes_far_keys_alike,
+    decodes_what_is_written_beside_it,
+    wide_table,
+)
 from gpu.test_cluster_decode import pytestmark as needs_clusters
 from gpu.test_cuda_ops import (
     DEVICE,
@@ -268,30 +274,7 @@ def test_decoding_beside_the_write_reads_what_is_written(
     budget_pages: int, pages_per_block: int
 ) -> None:
     shape = Shape(num_kv_heads=4, pages_per_block=pages_per_block, cache=FP8)
-    lengths = [1, 16, 17, 700, 4097, 9000, 2048, 650]
-    batch = make_batch(shape, lengths, budget_pages, DEVICE)
-    last = batch.rows.seq_lens.long() - 1
-    row = torch.arange(len(lengths), device=DEVICE)
-    slots = batch.rows.block_table[row, last // shape.block_tokens].long() * shape.block_tokens
-    slots += last % shape.block_tokens
-    new = torch.randn(2, len(lengths), 4, shape.head_size, device=DEVICE).to(shape.dtype)
-
-    def step() -> None:
-        ops.write_kv(*new, batch.kv_cache, slots, page_size=16, scales=batch.scales)
-        batch.cluster_decode(follows_write_kv=True)
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            step()
-    for _ in range(5):
-        new.normal_()
-        batch.query.normal_()
-        batch.out.fill_(torch.nan)
-        graph.replay()
-        beside = batch.out.clone()
-        assert same_bits(batch.cluster_decode(), beside)
+    decodes_what_is_written_beside_it(shape, GROWING_LENGTHS, budget_pages)
 
 
 @on_clusters
