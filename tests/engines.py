@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
@@ -73,6 +74,47 @@ def write_weights(folder: str, seed: int = 0) -> str:
                 scale = 4.0 if "q_proj" in name or "v_proj" in name else 1.0
                 weight.normal_(std=scale / weight.shape[1] ** 0.5)
     model.save_pretrained(folder)
+    return folder
+
+
+KV_SCALES = {"q_scale": 0.07, "k_scale": 0.013, "v_scale": 0.041}
+"""Of `write_fp8_scales`: with them the numbers of `write_weights` come to less than fp8's largest,
+448, and lie far from where scales of 1 would put them."""
+
+KV_SCHEME = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+"""How a checkpoint of compressed-tensors says that its KV cache is fp8, with a scale per layer."""
+
+
+def kv_quantised(**scheme: Any) -> dict[str, Any]:
+    """What makes `auto` an fp8 cache, in a model's configuration; `scheme` changes KV_SCHEME."""
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": KV_SCHEME | scheme,
+        }
+    }
+
+
+def write_fp8_scales(folder: str) -> str:
+    """Give a model with weights the scales of an fp8 KV cache, as checkpoints have them."""
+    weights = Path(folder) / "model.safetensors"
+    tensors = load_file(weights)
+    layers = {name.split(".self_attn.")[0] for name in tensors if ".self_attn." in name}
+    for layer in layers:
+        for name, scale in KV_SCALES.items():
+            tensors[f"{layer}.self_attn.{name}"] = torch.tensor([scale])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = Path(folder) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | kv_quantised()))
     return folder
 
 

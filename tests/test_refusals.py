@@ -20,7 +20,16 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from engines import DENSE, ON_GPU, engine, generate, greedy, random_prompts, write_model
+from engines import (
+    DENSE,
+    ON_GPU,
+    engine,
+    generate,
+    greedy,
+    kv_quantised,
+    random_prompts,
+    write_model,
+)
 from vllm_quest import connectors
 from vllm_quest.connectors import REFUSED, WHOLE_BLOCKS
 from vllm_quest.impl import QuestImpl
@@ -191,8 +200,29 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     ),
     "quantised KV cache": (
         {},
-        {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
-        ["fp8", "set --kv-cache-dtype bfloat16"],
+        {"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"},
+        ["is fp8_e5m2", "set --kv-cache-dtype bfloat16"],
+    ),
+    "fp8 KV cache in fp16, or on CPUs": (
+        {},
+        {"kv_cache_dtype": "fp8", "dtype": "float16"},
+        ["is fp8", "set --kv-cache-dtype float16"],
+    ),
+    "KV cache with scales per head, or on CPUs": (
+        kv_quantised(strategy="attn_head"),
+        {"dtype": "bfloat16"},
+        ["set --kv-cache-dtype bfloat16"],
+    ),
+    **(
+        {}
+        if ON_GPU
+        else {
+            "fp8 KV cache of the checkpoint": (
+                kv_quantised(),
+                {"dtype": "bfloat16"},
+                ["checkpoint's own", "is fp8", "on GPUs alone", "set --kv-cache-dtype bfloat16"],
+            )
+        }
     ),
     "dual chunk attention": (
         DUAL_CHUNK,

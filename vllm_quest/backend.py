@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_quest import kv_page, layout, plugin
 from vllm_quest.config import QuestConfig
-from vllm_quest.support import DTYPES, KV_CACHE_DTYPES, layer_reasons
+from vllm_quest.support import DTYPES, FP8_CACHE_DTYPES, KV_CACHE_DTYPES, layer_reasons
 
 
 class QuestBackend(AttentionBackend):
@@ -21,7 +21,7 @@ class QuestBackend(AttentionBackend):
     # Decoding begins beside the write, and may do so only directly behind it.
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES["cpu"])
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = list(KV_CACHE_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [*KV_CACHE_DTYPES, *FP8_CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_quest import kv_page, layout, ops
@@ -65,7 +67,11 @@ def choose_by_score(
 
 class QuestImpl(AttentionImpl[QuestMetadata]):
     """One attention layer. Prefill is the platform backend's work, and so are layers that see part
-    of their context: sliding windows, chunked local attention."""
+    of their context: sliding windows, chunked local attention.
+
+    `supports_quant_query_input` stays False, so that rows are decoded with a query that is not
+    rounded to fp8.
+    """
 
     chooser: ClassVar[Chooser] = staticmethod(choose_by_score)
     """Who chooses pages, in all layers of this process; see `choosing`."""
@@ -108,6 +114,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.has_fp8_cache = is_quantized_kv_cache(kv_cache_dtype)  # others are refused
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.quest = QuestConfig.active()
@@ -154,12 +161,13 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         """Store a batch's keys and values, and attend.
 
         Args:
-            layer: the vLLM layer, for its name.
+            layer: the vLLM layer, for its name and the scales of an fp8 cache.
             query: `[num_tokens, num_heads, head_size]`, padding at its end.
             key: `[num_tokens, num_kv_heads, head_size]`; stored, but not by layers that share the
                 cache of another.
             value: the same.
-            kv_cache: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, see `kv_page`.
+            kv_cache: `[num_blocks, num_kv_heads, block_rows, 2 * head_size]`, see `kv_page`; an fp8
+                cache as uint8.
             attn_metadata: the batch; None while vLLM measures memory.
             output: `[num_tokens, num_heads, head_size]`, written and returned.
             output_scale: must be None.
@@ -179,15 +187,24 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             windowed = attn_metadata.windowed
             self.dense.forward(layer, query, key, value, kv_cache, windowed, output)
             return output
+        scales = None
+        if self.has_fp8_cache:
+            # The layer's own tensors: graphs then see what loading weights puts there.
+            scales = ops.KvScales(layer._k_scale, layer._v_scale)
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
         if self.has_own_cache:
             page_size, score = self.quest.page_size, self.quest.score
             slots = attn_metadata.slot_mapping
-            ops.write_kv(key, value, kv_cache, slots, page_size=page_size, score=score)
+            ops.write_kv(
+                key, value, kv_cache, slots, page_size=page_size, score=score, scales=scales
+            )
         num_rows, num_tokens = attn_metadata.num_decode_rows, attn_metadata.num_actual_tokens
         if attn_metadata.decode is not None:
             is_dense = layer.layer_name in attn_metadata.dense_layers
             plan = attn_metadata.decode
-            self._decode(layer, query[:num_rows], kv_cache, plan, output[:num_rows], is_dense)
+            self._decode(
+                layer, query[:num_rows], kv_cache, scales, plan, output[:num_rows], is_dense
+            )
         if attn_metadata.prefill is not None:
             tokens = kv_page.block_tokens(kv_cache, self.quest.page_size, self.quest.score)
             self.platform.attend_prefill(
@@ -205,6 +222,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         layer: AttentionLayer,
         query: Tensor,  # [num_rows, num_heads, head_size]
         kv_cache: Tensor,
+        scales: ops.KvScales | None,
         plan: DecodePlan,
         output: Tensor,  # [num_rows, num_heads, head_size]
         is_dense: bool,
@@ -219,6 +237,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
             "workspace": plan.workspace,
             "counters": plan.counters,
             "score": self.quest.score,
+            "scales": scales,
         }
         if chooses and plan.in_clusters and QuestImpl.chooser is choose_by_score:
             is_coded = self.quest.score == "codes"

@@ -26,6 +26,9 @@ DTYPES = {
     "cuda": (torch.float16, torch.bfloat16),
 }
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+"""Caches of the model's dtype."""
+FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+"""Caches of float8_e4m3fn, with a scale for a layer's keys and one for its values."""
 OTHER_BACKEND = "choose another --attention-backend"
 MAX_SINK_HEADS = 64
 """Query heads whose sinks FlashAttention 3 takes (its `fwd`: "query heads <= 64 with S aux")."""
@@ -127,7 +130,16 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             yield from _group_reasons(model, vllm_config.parallel_config, device)
 
     cache = vllm_config.cache_config
-    yield from _cache_dtype_reasons(cache.cache_dtype, None if model is None else model.dtype)
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
+    cache_dtype: str = cache.cache_dtype
+    # vLLM's `Attention.__init__` takes any scheme for fp8, and refuses others when it reads scales.
+    if cache_dtype == "auto" and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8):
+        cache_dtype = "fp8"
+    yield from _cache_dtype_reasons(
+        cache_dtype, None if model is None else model.dtype, device, _head_size_of(model)
+    )
+    if cache_dtype in FP8_CACHE_DTYPES:
+        yield from _fp8_reasons(vllm_config, quest, scheme)
     # Where nobody named a block size, vLLM may yet ask the backend for one: 0.32 does so on GPUs,
     # and 0.33 on CPUs too.
     is_final = cache.user_specified_block_size or cache.block_size != cache.DEFAULT_BLOCK_SIZE
@@ -169,14 +181,21 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
         yield f"the model attends to later tokens (not causal); {OTHER_BACKEND}"
     if selector.use_rswa:
         yield f"the model uses reference sliding-window attention; {OTHER_BACKEND}"
-    if selector.use_per_head_quant_scales:
-        yield f"the model scales keys and values per head (quantised KV cache); {OTHER_BACKEND}"
+    cache_dtype = selector.kv_cache_dtype or "auto"
+    if selector.use_per_head_quant_scales and cache_dtype in FP8_CACHE_DTYPES:
+        yield _PER_HEAD
     if selector.use_batch_invariant:
         yield f"VLLM_BATCH_INVARIANT is set; unset it, or {OTHER_BACKEND}"
     if selector.use_pcp or selector.use_dcp:
         yield "context parallelism is configured; remove it"
     yield from _shape_reasons(selector.head_size, selector.dtype, current_platform.device_type)
-    yield from _cache_dtype_reasons(selector.kv_cache_dtype or "auto", selector.dtype)
+    yield from _cache_dtype_reasons(
+        cache_dtype,
+        selector.dtype,
+        current_platform.device_type,
+        selector.head_size,
+        has_sinks=selector.has_sink,
+    )
 
 
 def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
@@ -256,17 +275,73 @@ def _shape_reasons(head_size: int, dtype: torch.dtype, device: str) -> Iterator[
         yield f"its dtype is {dtype}; set --dtype to one of {allowed}"
 
 
-def _cache_dtype_reasons(cache_dtype: str, dtype: torch.dtype | None) -> Iterator[str]:
+def _head_size_of(model: "ModelConfig | None") -> int | None:
+    return None if model is None or model.is_attention_free else model.get_head_size()
+
+
+def _cache_dtype_reasons(
+    cache_dtype: str,
+    dtype: torch.dtype | None,
+    device: str,
+    head_size: int | None,
+    *,
+    has_sinks: bool = False,
+) -> Iterator[str]:
+    """A KV cache whose dtype QUEST does not have here. The checkpoint may have brought it, so that
+    leaving the option out is no cure."""
     name = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.")
-    if cache_dtype not in KV_CACHE_DTYPES:
-        # It may come from the checkpoint as well, so that leaving the option out is no cure.
-        cure = f"set --kv-cache-dtype {name}" if name in KV_CACHE_DTYPES else "set it to auto"
+    said = f"the KV cache's dtype (--kv-cache-dtype, or the checkpoint's own) is {cache_dtype}"
+    if name in KV_CACHE_DTYPES:
+        cure = f"set --kv-cache-dtype {name}"
+    else:
+        cure = "set --dtype bfloat16 and --kv-cache-dtype bfloat16"
+    if cache_dtype in KV_CACHE_DTYPES:
+        if cache_dtype not in ("auto", name):
+            yield (
+                f"--kv-cache-dtype is {cache_dtype}, and the model's dtype {name}; QUEST keeps "
+                "keys in the model's dtype: set --kv-cache-dtype auto"
+            )
+    elif cache_dtype not in FP8_CACHE_DTYPES:
+        yield f"{said}; QUEST has fp8 (e4m3) and the model's own: {cure}"
+    elif device == "cpu":
+        yield f"{said}, which QUEST has on GPUs alone: {cure}"
+    elif dtype not in (None, torch.bfloat16):
+        yield f"{said}, which QUEST has for models in bfloat16, not in {name}: {cure}"
+    elif not _flash_attn_3_takes(cache_dtype, head_size, has_sinks=has_sinks):
         yield (
-            f"the KV cache's dtype (--kv-cache-dtype, or the checkpoint's own) is {cache_dtype}; "
-            f"quantised KV caches are not supported yet: {cure}"
+            f"{said}, and its prefill needs FlashAttention 3, which runs on GPUs of compute "
+            f"capability 9.0: leave flash_attn_version to vLLM there, elsewhere {cure}"
         )
-    elif cache_dtype not in ("auto", name):
+
+
+def _flash_attn_3_takes(cache_dtype: str, head_size: int | None, *, has_sinks: bool) -> bool:
+    """Whether FLASH_ATTN would prefill such a cache, and with FlashAttention 3: 4 was not tried."""
+    from vllm.v1.attention.backends import fa_utils
+
+    layer = {"head_size": head_size, "has_sinks": has_sinks}
+    takes_fp8 = bool(fa_utils.flash_attn_supports_kv_cache_dtype(cache_dtype, **layer))
+    return takes_fp8 and fa_utils.get_flash_attn_version(**layer) == 3
+
+
+_PER_HEAD = (
+    "the checkpoint scales an fp8 KV cache's keys and values per head, and QUEST has one scale for "
+    "all: set --kv-cache-dtype bfloat16"
+)
+
+
+def _fp8_reasons(
+    vllm_config: "VllmConfig", quest: QuestConfig, scheme: dict[str, Any]
+) -> Iterator[str]:
+    """What QUEST has not with an fp8 cache; `scheme` is the checkpoint's own of the cache."""
+    if scheme.get("strategy") == "attn_head":
+        yield _PER_HEAD
+    if quest.score == "codes":
         yield (
-            f"--kv-cache-dtype is {cache_dtype}, and the model's dtype {name}; QUEST keeps keys "
-            "in the model's dtype: set --kv-cache-dtype auto"
+            "additional_config['quest']['score'] is 'codes', which an fp8 KV cache does not have; "
+            "set --kv-cache-dtype bfloat16, or another score"
+        )
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        yield (
+            "some layers are left out of the fp8 KV cache, and blocks of two sizes were not tried; "
+            "remove --kv-cache-dtype-skip-layers, or set --kv-cache-dtype bfloat16"
         )

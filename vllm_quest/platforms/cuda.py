@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm import _custom_ops as vllm_ops
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
 from vllm_quest import ops
 from vllm_quest.config import QuestConfig
@@ -27,8 +28,26 @@ from vllm_quest.decode_plan import DecodePlan, Decodes
 SCORES_BYTES = 64 << 20
 """Room for one pass's scores; more rows take several passes, each of which fills any GPU."""
 
-DenseImpl = FlashAttentionImpl
 DenseMetadataBuilder = FlashAttentionMetadataBuilder
+
+
+class DenseImpl(FlashAttentionImpl):
+    """FLASH_ATTN, for queries in the model's dtype whatever the cache's is.
+
+    With an fp8 cache it wants an fp8 query, which vLLM's layer makes for FLASH_ATTN's own layers.
+    """
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,  # [num_tokens, num_heads, head_size]
+        *arguments: Any,
+    ) -> Tensor:
+        if is_quantized_kv_cache(self.kv_cache_dtype) and self.supports_quant_query_input:
+            rounded, _ = vllm_ops.scaled_fp8_quant(query.flatten(1), layer._q_scale)
+            query = rounded.view(query.shape)
+        attended: Tensor = super().forward(layer, query, *arguments)
+        return attended
 
 
 class PrefillMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -75,13 +94,14 @@ class BatchPlanner:
         self.pages = torch.empty(scratch_shape, dtype=torch.int32, device=device)
         group_size = self.prefill_builder.num_heads_q // spec.num_kv_heads
         self.workspace = ops.decode_workspace(group_size, spec.head_size, device)
+        is_fp8 = spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
         shape = (group_size, spec.head_size, device)
         self.in_clusters = (
-            pages <= ops.max_cluster_pages(*shape, far_keys=True)
+            pages <= ops.max_cluster_pages(*shape, far_keys=True, is_fp8=is_fp8)
             and tokens_per_decode <= (ops.GROWING_PAGES - 1) * quest.page_size
         )
         # A layer decodes in clusters or scores pages, never both: one scratch serves.
-        keys_are_far = pages > ops.max_cluster_pages(*shape)
+        keys_are_far = pages > ops.max_cluster_pages(*shape, is_fp8=is_fp8)
         self.far_keys = self.scores.view(torch.int32) if keys_are_far else None
         if tokens_per_decode > 1:
             self.row_seq_lens = torch.zeros_like(self.budget_pages)
@@ -148,7 +168,7 @@ class BatchPlanner:
 
 
 def attend_prefill(
-    impl: FlashAttentionImpl,
+    impl: DenseImpl,
     layer: Any,
     query: Tensor,
     kv_cache: Tensor,
