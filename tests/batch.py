@@ -383,6 +383,7 @@ class Attended(Protocol):
     scale: float
     soft_cap: float
     sinks: Tensor | None
+    scales: ops.KvScales | None
 
     @property
     def block_tokens(self) -> int: ...
@@ -455,8 +456,11 @@ def decode_error(batch: Attended, exact: Tensor) -> Tensor:
     rescaling and merging.
     """
     head_size, dtype = batch.query.shape[-1], batch.query.dtype
-    largest_value = largest(batch.kv_cache[:, :, : batch.block_tokens])
-    product = float(batch.query.double().abs().sum(-1).amax()) * largest_value * batch.scale
+    largest_key = largest_value = largest(batch.kv_cache[:, :, : batch.block_tokens])
+    if batch.scales is not None:
+        largest_key *= float(batch.scales.key)
+        largest_value *= float(batch.scales.value)
+    product = float(batch.query.double().abs().sum(-1).amax()) * largest_key * batch.scale
     logit_error = (head_size + 8) * FP32_ROUNDOFF * (product + batch.soft_cap)
     if batch.sinks is not None:
         logit_error += 8 * FP32_ROUNDOFF * largest(batch.sinks.nan_to_num(neginf=0.0))

@@ -29,6 +29,9 @@ class Checked:
     """How many calls agreed, those of `write_kv` apart."""
 
     writes: int = 0
+    fp8_writes: int = 0
+    """Those of them to fp8 caches."""
+
     decodes: int = 0
     """Of `sparse_decode` and `cluster_decode`, with rows over their budget."""
 
@@ -45,20 +48,21 @@ def check_operators() -> Iterator[Checked]:
     checked = Checked()
     coded: set[tuple[int, int]] = set()  # (layer's cache, group in it)
 
-    def write_kv(key, value, kv_cache, slots, *, page_size, score):
+    def write_kv(key, value, kv_cache, slots, *, page_size, score, scales=None):
         block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
         slots_on_host = slots.cpu()[: len(key)]
         written = slots_on_host[slots_on_host >= 0]
         blocks, place = torch.unique(written // block_tokens, return_inverse=True)
         expected = kv_cache[blocks.to(kv_cache.device)].cpu()
-        REAL["write_kv"](key, value, kv_cache, slots, page_size=page_size, score=score)
+        settings = {"page_size": page_size, "score": score}
+        REAL["write_kv"](key, value, kv_cache, slots, scales=scales, **settings)
         reference.write_kv(
             key.cpu()[: len(slots_on_host)][slots_on_host >= 0],
             value.cpu()[: len(slots_on_host)][slots_on_host >= 0],
             expected,
             place * block_tokens + written % block_tokens,
-            page_size=page_size,
-            score=score,
+            scales=scales_on_host(scales),
+            **settings,
         )
         found = kv_cache[blocks.to(kv_cache.device)].cpu()
         if score == "codes":  # not numbers, but bits
@@ -67,6 +71,11 @@ def check_operators() -> Iterator[Checked]:
                 group = (kv_cache.data_ptr(), slot // GROUP_TOKENS)
                 checked.recoded += group in coded
                 coded.add(group)
+        elif scales is not None:  # a bound of 0 may have either sign
+            tokens = (slice(None), slice(None), slice(block_tokens))
+            assert torch.equal(found.view(torch.uint8)[tokens], expected.view(torch.uint8)[tokens])
+            assert torch.equal(found.double(), expected.double())
+            checked.fp8_writes += 1
         else:
             assert torch.equal(found, expected)
         checked.writes += 1
@@ -130,12 +139,14 @@ def check_operators() -> Iterator[Checked]:
     def check_output(query, kv_cache, rows, pages, out, *, page_size, scale, **options):
         soft_cap, score = options.get("soft_cap", 0.0), options.get("score", "minmax")
         sinks = options.get("sinks")
-        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, score, sinks)
+        scales = scales_on_host(options.get("scales"))
+        small = Small.of(query, kv_cache, rows, page_size, scale, soft_cap, score, sinks, scales)
         exact = small.attention(pages.cpu())
         limit = decode_error(small, exact)
         if query.is_cuda:
-            # Its kernels round weights to the cache's dtype before they multiply values, and then
-            # outputs that are off by as much (csrc/cuda/attention.cuh, `weigh`).
+            # Its kernels round weights to the model's dtype, with fp8 caches to fp16, before they
+            # multiply values, and then outputs that are off by as much (csrc/cuda/attention.cuh,
+            # `weigh`).
             u = UNIT_ROUNDOFF[query.dtype]
             magnitudes = replace(small, kv_cache=small.kv_cache.clone())
             magnitudes.kv_cache[..., query.shape[-1] :].abs_()
@@ -157,6 +168,10 @@ def on_host(rows: ops.Rows) -> ops.Rows:
     return ops.Rows(rows.block_table.cpu(), rows.seq_lens.cpu(), rows.budget_pages.cpu())
 
 
+def scales_on_host(scales: ops.KvScales | None) -> ops.KvScales | None:
+    return None if scales is None else ops.KvScales(scales.key.cpu(), scales.value.cpu())
+
+
 @dataclass(frozen=True)
 class Small:
     """Decode rows on the host, with the blocks of the cache that they read and no others."""
@@ -169,6 +184,7 @@ class Small:
     soft_cap: float
     score: Score
     sinks: Tensor | None
+    scales: ops.KvScales | None
 
     @classmethod
     def of(
@@ -181,6 +197,7 @@ class Small:
         soft_cap: float = 0.0,
         score: Score = "minmax",
         sinks: Tensor | None = None,
+        scales: ops.KvScales | None = None,
     ) -> "Small":
         rows = on_host(rows)
         block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
@@ -194,7 +211,7 @@ class Small:
         cache = kv_cache[torch.cat(blocks).to(kv_cache.device)].cpu()
         rows = ops.Rows(table, rows.seq_lens, rows.budget_pages)
         sinks = None if sinks is None else sinks.detach().cpu()
-        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap, score, sinks)
+        return cls(query.cpu(), cache, rows, page_size, scale, soft_cap, score, sinks, scales)
 
     def attention(self, pages: Tensor) -> Tensor:
         """What the reference makes of the selected pages, fp64."""
@@ -210,6 +227,7 @@ class Small:
             soft_cap=self.soft_cap,
             score=self.score,
             sinks=self.sinks,
+            scales=self.scales,
         )
         return out
 
