@@ -4,6 +4,7 @@
     python benchmarks/gpu_serving.py --cases 8b:1x32768 7b:4x32768 --json result.json
     python benchmarks/gpu_serving.py --backends FLASH_ATTN FLASHINFER QUEST
     python benchmarks/gpu_serving.py --cases 8b:8x32768 --scores minmax codes --budgets 512 2048
+    python benchmarks/gpu_serving.py --cases 8b:8x122880 --kv-cache-dtype fp8
     python benchmarks/gpu_serving.py --tensor-parallel 4 --random-kv --cases 70b:8x65536
 
 Random weights in the shapes of Llama-3-8B (32 query and 8 KV heads), Llama-2-7B (32 and 32) and
@@ -98,6 +99,7 @@ def start(
     *,
     num_gpus: int,
     memory: float,
+    cache_dtype: str,
     random_kv: bool,
 ):
     """An engine of a backend; `quest` holds the settings of QUEST's."""
@@ -114,6 +116,7 @@ def start(
         max_num_seqs=max(16, *(requests for requests, _ in cases)),
         max_num_batched_tokens=8192,
         gpu_memory_utilization=memory,
+        kv_cache_dtype=cache_dtype,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         **({"additional_config": {"quest": quest}} if backend == "QUEST" else {}),
         **({"worker_extension_cls": "random_kv.Extension"} if random_kv else {}),
@@ -178,6 +181,9 @@ def main() -> None:
     parser.add_argument(
         "--scores", nargs="+", choices=SCORES, default=["minmax"], help="QUEST's (minmax)"
     )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="of all backends (auto)"
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs per model (1)")
     parser.add_argument(
         "--memory", type=float, default=0.9, metavar="SHARE", help="of each GPU, for vLLM (0.9)"
@@ -220,6 +226,7 @@ def main() -> None:
                     shapes,
                     num_gpus=arguments.tensor_parallel,
                     memory=arguments.memory,
+                    cache_dtype=arguments.kv_cache_dtype,
                     random_kv=arguments.random_kv,
                 )
                 if arguments.random_kv:
@@ -256,6 +263,7 @@ def main() -> None:
                 "gpus": arguments.tensor_parallel,
                 "requests": requests,
                 "context": context,
+                "cache": "bfloat16" if arguments.kv_cache_dtype == "auto" else "fp8",
                 "score": score,
                 "budget": budget,
                 **{f"{name} ms": time for name, time in times_ms.items()},

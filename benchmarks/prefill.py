@@ -7,6 +7,10 @@ queries, keys and values are views of one product, as in a model.
     python benchmarks/prefill.py
     python benchmarks/prefill.py --cases 1x8K@512K 1x2K/32/32 --json result.json
     python benchmarks/prefill.py --score codes
+    python benchmarks/prefill.py --kv-cache-dtype fp8
+
+With fp8 caches, QUEST's time of attention includes the rounding of the query to fp8. In layers of
+FLASH_ATTN the model's graph does that, and no time of it is counted.
 """
 
 import argparse
@@ -70,6 +74,13 @@ class Prefill:
         self.query, self.key, self.value = qkv.split(heads, dim=1)
         self.out = torch.empty_like(self.query, memory_format=torch.contiguous_format)
         self.one = torch.ones((), device=DEVICE)
+        self.fp8_query = self.rounded_query() if case.is_fp8 else None
+
+    def rounded_query(self) -> Tensor:
+        """The query as `vllm_quest/platforms/cuda.py` hands it to FlashAttention with fp8."""
+        from vllm._custom_ops import scaled_fp8_quant
+
+        return scaled_fp8_quant(self.query.flatten(1), self.one)[0].view(self.query.shape)
 
     def attention(self, block_tokens: int) -> PagedFlashAttention3:
         return PagedFlashAttention3(self.chunk.cache, block_tokens, self.chunk.chunk_tokens)
@@ -83,7 +94,7 @@ class DenseLayer:
         self.prefill = prefill
         blocks = case.rows * -(-case.context_tokens // tokens)
         shape = (blocks, tokens, case.kv_heads, 2 * case.head_size)
-        cache = torch.empty(shape, dtype=case.dtype, device=DEVICE).normal_()
+        cache = torch.empty(shape, dtype=case.dtype, device=DEVICE).normal_().to(case.cache_dtype)
         self.keys, self.values = cache.split(case.head_size, dim=-1)
         self.block_table = torch.randperm(blocks, device=DEVICE).int().view(case.rows, -1)
         self.slots = chunk.slots(self.block_table, tokens)
@@ -92,13 +103,16 @@ class DenseLayer:
     def write(self) -> None:
         from vllm._custom_ops import reshape_and_cache_flash
 
-        prefill = self.prefill
-        arguments = (prefill.key, prefill.value, self.keys, self.values, self.slots)
-        reshape_and_cache_flash(*arguments, "auto", prefill.one, prefill.one)
+        prefill, dtype, cache = self.prefill, "auto", (self.keys, self.values)
+        if prefill.chunk.cache.is_fp8:
+            dtype, cache = "fp8", (self.keys.view(torch.uint8), self.values.view(torch.uint8))
+        arguments = (prefill.key, prefill.value, *cache, self.slots)
+        reshape_and_cache_flash(*arguments, dtype, prefill.one, prefill.one)
 
     def attend(self) -> None:
         prefill = self.prefill
-        self.attention.attend(prefill.query, self.keys, self.values, self.block_table, prefill.out)
+        query = prefill.query if prefill.fp8_query is None else prefill.fp8_query
+        self.attention.attend(query, self.keys, self.values, self.block_table, prefill.out)
 
 
 class QuestLayer:
@@ -126,13 +140,13 @@ class QuestLayer:
             self.slots,
             page_size=case.page_size,
             score=case.score,
+            scales=ops.KvScales(prefill.one, prefill.one) if case.is_fp8 else None,
         )
 
     def attend(self) -> None:
         prefill = self.prefill
-        self.attention.attend(
-            prefill.query, self.keys, self.values, self.layer.block_table, prefill.out
-        )
+        query = prefill.rounded_query() if prefill.chunk.cache.is_fp8 else prefill.query
+        self.attention.attend(query, self.keys, self.values, self.layer.block_table, prefill.out)
 
 
 def times_us(
@@ -164,6 +178,7 @@ def run(chunk: Chunk) -> dict[str, Any]:
     return {
         "requests x chunk, heads": str(chunk),
         "score": chunk.cache.score,
+        "cache": str(chunk.cache.cache_dtype).removeprefix("torch."),
         "FLASH_ATTN write µs": dense_write,
         "QUEST write µs": quest_write,
         "FLASH_ATTN attention µs": dense_attend,
@@ -216,13 +231,15 @@ def main() -> None:
     parser.add_argument(
         "--score", choices=SCORES, default="minmax", help="what the write makes for each page"
     )
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/prefill.py needs a GPU")
     torch.manual_seed(0)
     print_machine()
-    chunks = [replace(chunk, cache=replace(chunk.cache, score=args.score)) for chunk in args.cases]
+    settings = {"score": args.score, "is_fp8": args.kv_cache_dtype == "fp8"}
+    chunks = [replace(chunk, cache=replace(chunk.cache, **settings)) for chunk in args.cases]
     rows = print_as_measured(map(run, chunks))
     write_json(args.json, rows)
 

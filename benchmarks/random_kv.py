@@ -7,13 +7,17 @@ all layers, captured before.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_quest import layout
 from vllm_quest.impl import QuestImpl
 
 CHUNK_BLOCKS = 256
-"""Blocks whose bounds are computed at a time, which limits the memory that it takes."""
+"""Blocks that are made up at a time, which limits the memory that it takes."""
+
+FP8 = torch.float8_e4m3fn
+"""Of fp8 caches, which vLLM keeps as uint8. Their scales are 1 where weights are made up."""
 
 
 class Extension:
@@ -25,7 +29,12 @@ class Extension:
         """Fill all blocks with random keys and values, and with the bounds of these keys."""
         for layer in self.model_runner.compilation_config.static_forward_context.values():
             cache = layer.kv_cache
-            cache.normal_()
+            if cache.dtype == torch.uint8:
+                cache = cache.view(FP8)
+                for blocks in cache.split(CHUNK_BLOCKS):
+                    blocks.copy_(torch.randn(blocks.shape, device=cache.device))
+            else:
+                cache.normal_()
             if isinstance(layer.impl, QuestImpl):
                 quest = layer.impl.quest
                 if quest.score != "minmax":
@@ -44,5 +53,7 @@ def write_bounds(blocks: Tensor, page_size: int) -> None:
     tokens = layout.block_tokens(blocks.shape[2], page_size, "minmax")
     head_size = blocks.shape[3] // 2
     keys = blocks[:, :, :tokens, :head_size].unflatten(2, (-1, page_size))
+    if blocks.dtype == FP8:
+        keys = keys.bfloat16()  # which has all numbers of fp8, and a minimum
     blocks[:, :, tokens:, :head_size] = keys.amin(3)
     blocks[:, :, tokens:, head_size:] = keys.amax(3)
