@@ -27,6 +27,7 @@ MODEL = Path(__file__).parent / "demo_model"
 START_LIMIT_S = 240
 TOKENS_PER_FACT = 128
 TOKENS_PER_ANSWER = 64
+TOKENS_TO_WARM_UP = 8
 DECODE_SECONDS = "vllm:request_decode_time_seconds_sum"
 SETTINGS = QuestConfig(dense_layers=0)
 """All layers of the bundled model are sparse, so that all of them show what QUEST does."""
@@ -80,21 +81,21 @@ def _ask_all(haystack: Haystack, asked: Sequence[Fact], outcomes: Sequence[Outco
     num_answers = 1 + len(outcomes) * (1 + len(asked))
     with _server(outcomes[0].score) as url, tqdm(total=num_answers, unit="answer") as progress:
 
-        def ask(fact: Fact, token_budget: int) -> tuple[str, float]:
+        def ask(fact: Fact, token_budget: int, max_tokens: int) -> tuple[str, float]:
             progress.update()
-            return _ask(url, haystack, fact, token_budget)
+            return _ask(url, haystack, fact, token_budget, max_tokens)
 
         progress.set_description("Reading the text")
         # The text is read once: every question finds it in the prefix cache.
-        ask(asked[0], UNLIMITED)
+        ask(asked[0], UNLIMITED, TOKENS_TO_WARM_UP)
         progress.set_description("Warming up")
         for outcome in outcomes:
-            ask(asked[0], outcome.token_budget)
+            ask(asked[0], outcome.token_budget, TOKENS_TO_WARM_UP)
         progress.set_description("Asking")
         for fact in asked:
             # Budgets take turns: a slow minute of the machine is no budget's alone.
             for outcome in outcomes:
-                answer, ms_per_step = ask(fact, outcome.token_budget)
+                answer, ms_per_step = ask(fact, outcome.token_budget, TOKENS_PER_ANSWER)
                 outcome.asked += 1
                 outcome.right += answer == fact.code
                 outcome.ms_per_step.append(ms_per_step)
@@ -133,7 +134,9 @@ def table(outcomes: list[Outcome], context_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _ask(url: str, haystack: Haystack, fact: Fact, token_budget: int) -> tuple[str, float]:
+def _ask(
+    url: str, haystack: Haystack, fact: Fact, token_budget: int, max_tokens: int
+) -> tuple[str, float]:
     """Ask for one pass key. Returns the answer, and the mean ms of a decode step."""
     from openai import OpenAI
 
@@ -142,13 +145,13 @@ def _ask(url: str, haystack: Haystack, fact: Fact, token_budget: int) -> tuple[s
         model=str(MODEL),
         messages=[{"role": "user", "content": haystack.prompt(fact)}],
         temperature=0,
-        max_tokens=TOKENS_PER_ANSWER,
+        max_tokens=max_tokens,
         # Going on past the answer gives the clock something to measure.
         extra_body={"ignore_eos": True, "vllm_xargs": {FIELD: token_budget}},
     )
     decode_s = _decode_seconds(url) - before_s
     answer = " ".join((completion.choices[0].message.content or "").split()[:CODE_WORDS])
-    return answer, 1e3 * decode_s / (TOKENS_PER_ANSWER - 1)
+    return answer, 1e3 * decode_s / (max_tokens - 1)
 
 
 def _decode_seconds(url: str) -> float:
