@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# pip compiles no modules here (tools/install_vllm.sh), so the first import has to: where containers
+# forbid that, each process of vLLM's starts 12 s later.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test sanitize lint format check env operators wheel clean
 
 help:
