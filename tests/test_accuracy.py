@@ -391,6 +391,29 @@ def test_agreement_is_with_full_attention_of_the_same_seed():
     assert alone.agreement is None
 
 
+def test_agreement_may_be_with_another_runs_full_attention(tmp_path):
+    def perplexity(method, budget, most_probable):
+        cell = Cell("perplexity", 1024, 0, method, "", budget, 0)
+        return Result(cell, [1.0], [None], "a machine", most_probable=[most_probable])
+
+    other = Store(tmp_path / "cells.jsonl", {"kv_cache_dtype": "bfloat16"})
+    other.add(perplexity("full", FULL, [1, 2, 3, 4]))
+    other.add(perplexity("quest", 64, [0, 0, 0, 0]))
+    own = [perplexity("full", FULL, [1, 2, 3, 9]), perplexity("quest", 64, [1, 2, 9, 9])]
+    report.write(
+        tmp_path,
+        results=own,
+        scores=["minmax"],
+        skipped={},
+        command="",
+        settings={},
+        agree_with=tmp_path,
+    )
+    full, quest = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (full["agreement"]["mean"], quest["agreement"]["mean"]) == (0.75, 0.5)
+    assert f"of the run in `{tmp_path}`" in (tmp_path / "report.md").read_text()
+
+
 def test_wilson_intervals():
     # Textbook values: 0 of 10 gives 0 to 27.8 %, 15 of 20 gives 53.1 to 88.8 %.
     none, most = share_right([0.0] * 10), share_right([1.0] * 15 + [0.0] * 5)

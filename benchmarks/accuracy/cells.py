@@ -80,6 +80,18 @@ def result(cell: Cell, graded: Iterable[Graded], machine: str) -> Result:
     )
 
 
+def full_attention(path: Path) -> list[Result]:
+    """Full attention's cells in a file of finished cells, whatever the settings of its run."""
+    results = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        del row["settings"]
+        cell = Cell(**{own.name: row.pop(own.name) for own in fields(Cell)})
+        if cell.method == "full":
+            results.append(Result(cell, **row))
+    return results
+
+
 class Store:
     """Finished cells, one JSON line each; another run with the same settings goes on from here.
 

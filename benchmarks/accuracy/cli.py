@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         default=256,
         help="tokens at a window's end that are fed one by one and scored; -1: all but the first",
     )
+    add(
+        "--agree-with",
+        type=Path,
+        metavar="DIR",
+        help="folder of a run with the same samples, whose full attention's most probable tokens "
+        "these are compared with: of one with another KV cache dtype or backend, say",
+    )
     add("--longbench", type=Path, help="folder with LongBench's jsonl files")
     add(
         "--engine-args",
@@ -104,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             skipped=measurement.skipped.reasons | measurement.reasons_unfinished(),
             command=shlex.join(["python", "-m", "benchmarks.accuracy", *command]),
             settings=plan.sample_settings(),
+            agree_with=options.agree_with,
         )
 
     try:

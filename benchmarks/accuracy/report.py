@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.accuracy.cells import FULL, Result
+from benchmarks.accuracy.cells import FULL, Result, full_attention
 from benchmarks.accuracy.intervals import Estimate, perplexity, share_right
 from benchmarks.accuracy.tasks import ALL
 from benchmarks.accuracy.tasks.base import Unit
@@ -20,7 +20,7 @@ TOKENS_RIGHT: dict[Unit, str] = {
 
 AGREEMENT = (
     "Agreement: of the scored tokens, those in whose place the most probable token is full "
-    "attention's (`floor`: full attention in batches of another size):"
+    "attention's{whose} (`floor`: full attention in batches of another size):"
 )
 
 
@@ -54,10 +54,19 @@ class _Merged:
     agreements: list[float] = field(default_factory=list)
 
 
-def rows(results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
-    """Merge the seeds of every method and budget."""
+def rows(
+    results: Sequence[Result], scores: Sequence[str], full: Sequence[Result] | None = None
+) -> list[Row]:
+    """Merge the seeds of every method and budget.
+
+    Args:
+        results: finished cells.
+        scores: QUEST's page scores that were asked for.
+        full: another run's full attention, to agree with; None: their own.
+    """
     merged: dict[tuple[str, int, int, str, int], _Merged] = {}
-    full = {_place(r): r.most_probable for r in results if r.cell.method == "full"}
+    own_full = [result for result in results if result.cell.method == "full"]
+    most_probable = {_place(r): r.most_probable for r in (own_full if full is None else full)}
     for result in results:
         cell = result.cell
         name = method_name(cell.method, cell.score, scores)
@@ -65,8 +74,9 @@ def rows(results: Sequence[Result], scores: Sequence[str]) -> list[Row]:
         own = merged.setdefault(key, _Merged())
         own.grades += result.grades
         own.token_shares += result.token_shares
-        if cell.method != "full":
-            own.agreements += _agreements(result.most_probable, full.get(_place(result), []))
+        if cell.method != "full" or full is not None:
+            of_full = most_probable.get(_place(result), [])
+            own.agreements += _agreements(result.most_probable, of_full)
     estimate = {"share right": share_right, "perplexity": perplexity}
     return [
         Row(
@@ -106,9 +116,14 @@ def write(
     skipped: dict[str, str],
     command: str,
     settings: dict[str, Any],
+    agree_with: Path | None = None,
 ) -> None:
-    """Write the tables; `plots` writes the pictures beside them."""
-    table = rows(results, scores)
+    """Write the tables; `plots` writes the pictures beside them.
+
+    `agree_with` is the folder of the run whose full attention is agreed with; None: this one.
+    """
+    full = full_attention(agree_with / "cells.jsonl") if agree_with else None
+    table = rows(results, scores, full)
     record = {
         "command": command,
         "machines": _machines(results),
@@ -118,7 +133,7 @@ def write(
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "report.md").write_text(
-        _markdown(table, skipped, _machines(results), command, folder)
+        _markdown(table, skipped, _machines(results), command, folder, agree_with)
     )
 
 
@@ -127,8 +142,14 @@ def _machines(results: Sequence[Result]) -> list[str]:
 
 
 def _markdown(
-    table: list[Row], skipped: dict[str, str], machines: list[str], command: str, folder: Path
+    table: list[Row],
+    skipped: dict[str, str],
+    machines: list[str],
+    command: str,
+    folder: Path,
+    agree_with: Path | None,
 ) -> str:
+    whose = f", of the run in `{agree_with}`" if agree_with else ""
     parts = [
         "# What a token budget costs",
         f"`{command}`",
@@ -141,7 +162,7 @@ def _markdown(
         of_task = [row for row in table if row.task == task]
         for context, dense in dict.fromkeys((r.context_tokens, r.dense_layers) for r in of_task):
             chosen = [r for r in of_task if (r.context_tokens, r.dense_layers) == (context, dense)]
-            parts += _section(chosen, context, dense)
+            parts += _section(chosen, context, dense, whose)
         parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob(f"{task}*.png"))]
     if skipped:
         parts.append("## Skipped")
@@ -149,7 +170,7 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _section(chosen: list[Row], context: int, dense: int) -> list[str]:
+def _section(chosen: list[Row], context: int, dense: int, whose: str) -> list[str]:
     layers = {0: "no dense layers", 1: "one dense layer"}.get(dense, f"{dense} dense layers")
     unit = ALL[chosen[0].task].unit
     parts = [f"### {context} tokens, {layers}, {chosen[0].num_samples} samples"]
@@ -162,7 +183,7 @@ def _section(chosen: list[Row], context: int, dense: int) -> list[str]:
         parts += _tables(shares, "share right")
     agreements = {(row.method, row.token_budget): row.agreement for row in chosen if row.agreement}
     if agreements:
-        parts.append(AGREEMENT)
+        parts.append(AGREEMENT.format(whose=whose))
         parts += _tables(agreements, "share right")
     return parts
 

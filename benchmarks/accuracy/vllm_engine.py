@@ -56,6 +56,7 @@ class VllmEngine:
             score: QUEST's page score.
             max_model_len: tokens of the longest prompt, answer included.
             options: further arguments of `vllm.LLM`; of its `additional_config` the part `quest`.
+                With another `attention_backend` than QUEST, full attention alone.
         """
         options = dict(options or {})
         quest = quest_settings(options, score) | {
@@ -63,6 +64,7 @@ class VllmEngine:
             "token_budget": UNLIMITED,
         }
         options.pop("additional_config", None)
+        self._backend = options.pop("attention_backend", "QUEST")
         defaults: dict[str, Any] = {"max_num_seqs": 256}
         if not torch.cuda.is_available():
             # fp32 leaves nothing to rounding.
@@ -74,8 +76,8 @@ class VllmEngine:
         self._options = defaults | options
         self._llm = LLM(
             model,
-            attention_backend="QUEST",
-            additional_config={"quest": quest},
+            attention_backend=self._backend,
+            additional_config={"quest": quest} if self._backend == "QUEST" else {},
             max_model_len=max_model_len,
             enable_prefix_caching=True,
             enforce_eager=True,
@@ -105,6 +107,8 @@ class VllmEngine:
                 f"{method} replaces code of the process that runs the model; "
                 "tensor parallelism has several"
             )
+        if self._backend != "QUEST" and method not in ("full", "floor"):
+            raise NotImplementedError(f"{self._backend} has full attention alone, not {method}")
         engine = self._llm.llm_engine
         waiting = deque(enumerate(zip(prompts, token_budgets, strict=True)))
         # Twice what runs at once: others wait here, where they take no memory.
