@@ -228,6 +228,24 @@ def in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
         }
 
 
+def served_in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
+    """Of `gpu_serving.py --random-kv`, with `--kv-cache-dtype fp8` and without, the same cases."""
+    for row, other in zip(fp8["rows"], bf16["rows"], strict=True):
+        yield {
+            "model": MODELS[row["model"]],
+            "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
+            "FLASH_ATTN, bf16 (ms)": _or_dash(other["FLASH_ATTN ms"], _ms),
+            "FLASH_ATTN, fp8 (ms)": _or_dash(row["FLASH_ATTN ms"], _ms),
+            "QUEST, bf16 (ms)": _or_dash(other["QUEST ms"], _ms),
+            "QUEST, fp8 (ms)": _or_dash(row["QUEST ms"], _ms),
+            "FLASH_ATTN, bf16 (tokens/s)": _or_dash(other["FLASH_ATTN tok/s"], "{:.0f}".format),
+            "FLASH_ATTN, fp8 (tokens/s)": _or_dash(row["FLASH_ATTN tok/s"], "{:.0f}".format),
+            "QUEST, bf16 (tokens/s)": _or_dash(other["QUEST tok/s"], "{:.0f}".format),
+            "QUEST, fp8 (tokens/s)": _or_dash(row["QUEST tok/s"], "{:.0f}".format),
+            "speed-up, fp8": _or_dash(row["speed"], "{:.2f}x".format),
+        }
+
+
 def captures(result: Result) -> Iterable[Cells]:
     """Of `kernels.py --captured-for`: a case's row, a column for each capture."""
     cases: dict[str, Cells] = {}
@@ -469,6 +487,31 @@ def scores(
     return lines.values()
 
 
+def cache_dtypes(*results: Result) -> Iterable[Cells]:
+    """Of runs that differ in backend and KV cache, with `--agree-with` the same run: full attention
+    and QUEST, a row for each budget."""
+    for result in results:
+        engine = result["settings"]["engine_args"]
+        backend = engine.get("attention_backend", "QUEST")
+        lines: dict[int, Cells] = {}
+        for row in sorted(result["rows"], key=lambda row: row["token_budget"]):
+            budget, task = row["token_budget"], row["task"]
+            line = lines.setdefault(
+                budget,
+                {
+                    "backend": backend,
+                    "KV cache": engine.get("kv_cache_dtype", "auto"),
+                    "token budget": "all" if budget == FULL else str(budget),
+                },
+            )
+            if task == "perplexity":
+                line["perplexity"] = f"{row['estimate']['mean']:.3f}"
+                line["agreement (%)"] = _with_interval(row["agreement"])
+            else:
+                line["facts answered (%)"] = _with_interval(row["estimate"])
+        yield from lines.values()
+
+
 def page_scores(*results: Result, budget: str) -> Iterable[Cells]:
     """QUEST's page scores, a column for each report."""
     lines: dict[str, Cells] = {}
@@ -540,9 +583,10 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, scaling, layers, budgets, captures, coded, in_fp8),
+        *(whole_models, scaling, layers, budgets, captures, coded, in_fp8, served_in_fp8),
         *(prefills, cpu_models, cpu_stages),
-        *(accuracy, by_context, choices, smallest_budgets, countings, scores, page_scores),
+        *(accuracy, by_context, choices, smallest_budgets, countings, scores),
+        *(page_scores, cache_dtypes),
     )
 }
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from engines import ON_GPU
 from vllm_quest.config import UNLIMITED
 from vllm_quest.demo import Outcome, kv_share, table
 from vllm_quest.pass_keys import FACT_TOKENS, make_haystack
@@ -40,6 +41,14 @@ def test_the_demo_compares_budgets_and_scores():
         assert right[f"budget 32, {score}"] <= 2
     assert all(float(ms_per_token) > 0 for _, _, ms_per_token, *_ in rows)
     assert "vllm serve MODEL --attention-backend QUEST" in answer.stdout
+
+
+@pytest.mark.skipif(ON_GPU, reason="GPUs serve an fp8 cache")
+def test_a_server_that_does_not_start_says_why():
+    answer = run("demo", "--kv-cache-dtype", "fp8", "--context", "1024")
+    assert answer.returncode == 1
+    assert "set --kv-cache-dtype bfloat16" in answer.stderr
+    assert answer.stderr.endswith("The server did not start; its last lines are above.\n")
 
 
 def test_the_table_compares_the_fastest_answers():

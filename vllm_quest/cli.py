@@ -62,6 +62,12 @@ def main() -> None:
         metavar="SCORE",
         help="what pages are scored by, to compare; the setting `score`",
     )
+    demo.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="the server's option: fp8, on GPUs",
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of the text and its pass keys")
 
     explain_command.add_options(
@@ -91,6 +97,7 @@ def main() -> None:
             num_questions=arguments.questions,
             budgets=arguments.budgets,
             scores=arguments.scores,
+            kv_cache_dtype=arguments.kv_cache_dtype,
             seed=arguments.seed,
         )
     )

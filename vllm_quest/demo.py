@@ -58,7 +58,13 @@ class Outcome:
 
 
 def run_demo(
-    *, context_tokens: int, num_questions: int, budgets: list[int], scores: list[Score], seed: int
+    *,
+    context_tokens: int,
+    num_questions: int,
+    budgets: list[int],
+    scores: list[Score],
+    kv_cache_dtype: str,
+    seed: int,
 ) -> int:
     """Serve with each score in turn, ask, print the table. Returns the exit status."""
     num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
@@ -70,16 +76,20 @@ def run_demo(
     print(f"{len(asked)} pass keys among {num_facts}, hidden in {haystack.num_tokens} tokens:")
     print(f"  ... {asked[0].sentence} ...")
     for score in scores:
-        _ask_all(haystack, asked, [outcome for outcome in outcomes if outcome.score == score])
+        of_score = [outcome for outcome in outcomes if outcome.score == score]
+        _ask_all(haystack, asked, of_score, kv_cache_dtype)
     print(f"\n{table(outcomes, haystack.num_tokens)}")
     print(CLOSING, end="")
     return 0
 
 
-def _ask_all(haystack: Haystack, asked: Sequence[Fact], outcomes: Sequence[Outcome]) -> None:
+def _ask_all(
+    haystack: Haystack, asked: Sequence[Fact], outcomes: Sequence[Outcome], kv_cache_dtype: str
+) -> None:
     """Ask a server of its own for all facts, under the budgets of outcomes with one score."""
     num_answers = 1 + len(outcomes) * (1 + len(asked))
-    with _server(outcomes[0].score) as url, tqdm(total=num_answers, unit="answer") as progress:
+    server = _server(outcomes[0].score, kv_cache_dtype)
+    with server as url, tqdm(total=num_answers, unit="answer") as progress:
 
         def ask(fact: Fact, token_budget: int, max_tokens: int) -> tuple[str, float]:
             progress.update()
@@ -167,7 +177,7 @@ def _decode_seconds(url: str) -> float:
 
 
 @contextlib.contextmanager
-def _server(score: Score) -> Iterator[str]:
+def _server(score: Score, kv_cache_dtype: str) -> Iterator[str]:
     """Run `vllm serve` on the bundled model; yields its address."""
     quest = {"dense_layers": SETTINGS.dense_layers, "score": score}
     with socket.socket() as probe:
@@ -177,6 +187,7 @@ def _server(score: Score) -> Iterator[str]:
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
         *("--attention-backend", "QUEST"),
         *("--additional-config", json.dumps({"quest": quest})),
+        *("--kv-cache-dtype", kv_cache_dtype),
         *("--host", "127.0.0.1", "--port", str(port)),
         "--enforce-eager",
     ]
@@ -190,7 +201,8 @@ def _server(score: Score) -> Iterator[str]:
             _wait_until_ready(server, f"http://127.0.0.1:{port}", Path(log.name))
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait()
 
 
