@@ -27,7 +27,7 @@ from engines import (
     write_model,
     write_weights,
 )
-from test_server import free_port, serve
+from servers import free_port, serve
 
 pytest.importorskip("nixl", reason="needs the package nixl")
 if ON_GPU and torch.cuda.device_count() < 2:

@@ -1,62 +1,20 @@
 """The user's own way in: `vllm serve --attention-backend QUEST`, asked through the OpenAI API."""
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
 
 import openai
 import pytest
 
 from engines import write_model
+from servers import SERVE, serve
 from test_readme import SNIPPETS
 from vllm_quest.metrics import HELP
 from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack
-
-START_LIMIT_S = 180
-SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serve(
-    model: str, *options: str, env: dict[str, str] | None = None, log: IO[bytes] | None = None
-) -> Iterator[str]:
-    """The URL of a server, in this process's environment with `env` on top; it writes to `log`."""
-    port = free_port()
-    process = subprocess.Popen(
-        [*SERVE, model, "--port", str(port), *options],
-        env=os.environ | (env or {}),
-        stdout=log,
-        stderr=log and subprocess.STDOUT,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while True:
-            assert process.poll() is None, "the server stopped"
-            assert time.monotonic() < deadline, "the server did not start in time"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/health", timeout=1)
-                break
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

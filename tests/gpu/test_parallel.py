@@ -29,7 +29,7 @@ from engines import (
     write_weights,
 )
 from families import FAMILIES
-from test_server import serve
+from servers import serve
 from vllm_quest.metrics import HELP
 from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack

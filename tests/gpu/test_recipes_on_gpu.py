@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from engines import ON_GPU, write_model
-from test_server import serve
+from servers import serve
 from vllm_quest.pass_keys import make_haystack
 
 pytestmark = [

@@ -14,7 +14,7 @@ from vllm import LLM
 
 import vllm_quest
 from engines import answers, engine, greedy, random_prompts, write_model, write_weights
-from test_server import serve
+from servers import serve
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -16,12 +14,13 @@ from typing import IO
 
 import psutil
 
+from servers import free_port, start, stop
+
 DEMO_MODEL = Path(__file__).parents[2] / "vllm_quest" / "demo_model"
 QUEST = {"token_budget": 512, "dense_layers": 1}
 LAYERS, KV_HEADS = 4, 2
 """Of the bundled model."""
 
-START_LIMIT_S = 300
 ENDS_BY_ITSELF_S = 20
 
 
@@ -44,27 +43,13 @@ class Server:
         Raises:
             RuntimeError: it ended, or did not become healthy in time.
         """
-        if not self.port:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.port = probe.getsockname()[1]
-        quest = json.dumps({"quest": QUEST})
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(DEMO_MODEL)]
-        command += ["--attention-backend", "QUEST", "--additional-config", quest]
-        command += ["--port", str(self.port), *self.options]
+        self.port = self.port or free_port()
+        arguments = [str(DEMO_MODEL), "--attention-backend", "QUEST"]
+        arguments += ["--additional-config", json.dumps({"quest": QUEST}), *self.options]
         begun = time.monotonic()
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT
-        )
-        while time.monotonic() - begun < START_LIMIT_S:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}")
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.url}/health", timeout=1)
-                return time.monotonic() - begun
-            time.sleep(0.5)
-        raise RuntimeError(f"the server was not healthy within {START_LIMIT_S} s")
+        self.process = start(arguments, self.port, env=environment, log=self.log)
+        return time.monotonic() - begun
 
     def is_up(self) -> bool:
         """Whether its first process runs."""
@@ -102,9 +87,8 @@ class Server:
 
     def stop(self) -> None:
         """As Ctrl-C does."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+        if self.process is not None:
+            stop(self.process)
 
     def metrics(self) -> dict[str, float]:
         """Counters by name, and by name and finished_reason where they have one."""
