@@ -81,16 +81,21 @@ def one_by_one(llm, prompts):
 
 @pytest.fixture(scope="module", params=[1024, 256], ids="chunks of {}".format)
 def stayed(request, model):
-    """Options of an engine, and the answers where blocks stay in the cache.
+    """Options of an engine, and the answers where blocks stay in the cache: checked, and not.
 
     Asked once, and again, when all but a prompt's end is read from the cache: what is computed of
     a prompt then is what is computed of it where its blocks come back from the host. Computed in
-    other parts it is rounded otherwise, and sparse steps may choose other pages.
+    other parts it is rounded otherwise, and sparse steps may choose other pages. So is what is
+    decoded by other operators: on GPUs, checked steps do not run in clusters.
     """
     options = {"quest": SPARSE, "max_num_batched_tokens": request.param}
     prompts = random_prompts(LENGTHS)
     with engine(model, **AMPLE_CACHE, **options, enable_prefix_caching=True) as llm:
-        return TINY_CACHE | options, [one_by_one(llm, prompts) for _ in range(2)]
+        unchecked = [one_by_one(llm, prompts) for _ in range(2)]
+        assert llm.reset_prefix_cache()
+        with check_bounds():
+            checked = [one_by_one(llm, prompts) for _ in range(2)]
+    return TINY_CACHE | options, checked, unchecked
 
 
 def comes_back(llm, expected):
@@ -106,7 +111,7 @@ def comes_back(llm, expected):
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_blocks_come_back_with_their_bounds(model, stayed, connector):
     """Prompts that end in a full block, one token behind it, and within it; in chunks or whole."""
-    options, expected = stayed
+    options, expected, _ = stayed
     with engine(model, **options, **CONNECTORS[connector]) as llm, check_bounds() as checked:
         comes_back(llm, expected)
         assert checked.pages > 2 * sum(LENGTHS) / 16
@@ -114,7 +119,7 @@ def test_blocks_come_back_with_their_bounds(model, stayed, connector):
 
 @pytest.mark.skipif(not ON_GPU, reason="CPUs have no CUDA graphs")
 def test_blocks_come_back_under_cuda_graphs(model, stayed):
-    options, expected = stayed
+    options, _, expected = stayed
     graphs = {"enforce_eager": False, "compilation_config": GRAPHS}
     with engine(model, **options, **graphs, **CONNECTORS["OffloadingConnector"]) as llm:
         comes_back(llm, expected)
