@@ -30,6 +30,7 @@ from engines import (
 )
 from families import FAMILIES
 from servers import serve
+from test_refusals import MANY_SINK_HEADS
 from vllm_quest.metrics import HELP
 from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack
@@ -133,13 +134,23 @@ def test_experts_on_several_gpus(tmp_path):
     assert counted[0][0] > 0
 
 
+def test_more_heads_with_sinks_than_one_gpu_takes(tmp_path):
+    """The first cure that the refusal names (tests/test_refusals.py has the other)."""
+    model, prompts = write_model(tmp_path, **MANY_SINK_HEADS), random_prompts([40, 300])
+    quest = {"token_budget": 64, "dense_layers": 0}
+    with engine(model, quest=quest, tensor_parallel_size=2) as llm:
+        found = answers(llm, prompts, greedy(8))
+        assert vllm_quest.stats(llm).sparse_rows > 0
+    assert [len(answer.tokens) for answer in found] == [8, 8]
+
+
 def served(model: str, *options: str) -> tuple[int, dict[str, dict[str, float]]]:
     """How many questions a server answers right, and its counters by engine."""
     settings = json.dumps({"quest": QUEST})
     arguments = ["--attention-backend", "QUEST", "--additional-config", settings]
     arguments += ["--compilation-config", json.dumps(GRAPHS), "--no-enable-prefix-caching"]
     arguments += ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(2 << 30)]
-    arguments += options
+    arguments += ["--max-num-seqs", "16", *options]
     with serve(model, *arguments, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
 

@@ -72,6 +72,7 @@ def test_a_server_sleeps_and_wakes(model):
     options += ["--compilation-config", json.dumps(GRAPHS)]
     flags = ["--enable-sleep-mode", "--skip-tokenizer-init", "--dtype", "bfloat16"]
     memory = ["--gpu-memory-utilization", "0.15", "--kv-cache-memory-bytes", str(1 << 30)]
+    memory += ["--max-num-seqs", "8"]
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
     prompt = random_prompts([700])[0]["prompt_token_ids"]
 
