@@ -1,6 +1,5 @@
 """Each request gets the budget that it asked for, and bad ones are refused when they arrive."""
 
-import os
 import random
 import re
 import subprocess
@@ -159,9 +158,9 @@ def batch_of_v2(model_state):
     return builder.batch
 
 
-def config_of_engine(*, is_v2=True, is_hybrid=False, speculates=False):
+def config_of_engine(*, is_v2=True, is_hybrid=False, speculates=False, ranks=1):
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
         speculative_config=object() if speculates else None,
         model_config=SimpleNamespace(is_hybrid=is_hybrid),
         use_v2_model_runner=is_v2,
@@ -180,13 +179,16 @@ def test_budgets_are_served_where_v2_tells_which_request_is_which(model_state, i
 @pytest.mark.parametrize("is_v2", [True, False])
 @pytest.mark.parametrize("is_hybrid", [True, False])
 @pytest.mark.parametrize("speculates", [True, False])
-def test_a_refusal_names_a_cure_that_cures(is_v2, is_hybrid, speculates):
-    engine = {"is_v2": is_v2, "is_hybrid": is_hybrid, "speculates": speculates}
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_refusal_names_a_cure_that_cures(is_v2, is_hybrid, speculates, ranks):
+    engine = {"is_v2": is_v2, "is_hybrid": is_hybrid, "speculates": speculates, "ranks": ranks}
     reason = why_undelivered(config_of_engine(**engine))
     if reason is None:
         return
     cure = reason.partition(": ")[2]
-    if "VLLM_USE_V2_MODEL_RUNNER=0" in cure:
+    if "use tensor parallelism" in cure and " or " not in cure:
+        engine["ranks"] = 1
+    elif "VLLM_USE_V2_MODEL_RUNNER=0" in cure:
         engine["is_v2"] = False
     elif "use the V2 runner" in cure:
         engine["is_v2"] = True
@@ -195,45 +197,8 @@ def test_a_refusal_names_a_cure_that_cures(is_v2, is_hybrid, speculates):
     assert why_undelivered(config_of_engine(**engine)) is None
 
 
-PIPELINE = """
-import gc, sys
-sys.path.insert(0, sys.argv[2])
-import conftest
-from engines import engine, greedy, random_prompts, token_ids
-from vllm.exceptions import VLLMValidationError
-if __name__ == "__main__":
-    asking = greedy(2, extra_args={"quest_token_budget": 64})
-    with engine(sys.argv[1], pipeline_parallel_size=2) as llm:
-        try:
-            token_ids(llm, random_prompts([20]), asking)
-        except VLLMValidationError as error:
-            print("refused:", error)
-    del llm
-    gc.collect()  # with the engine's configuration goes its refusal
-    with engine(sys.argv[1]) as llm:
-        print("served:", len(token_ids(llm, random_prompts([20]), asking)))
-"""
-
-
-@pytest.mark.skipif(ON_GPU, reason="needs two devices, which CPU workers always find")
-def test_pipeline_parallel_engines_refuse_budgets(tmp_path, monkeypatch):
-    """vLLM 0.32's pipeline parallelism fails at the first answer of CPU workers: none is asked."""
-    first, *_, last = sorted(os.sched_getaffinity(0))
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{last}")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    script = tmp_path / "pipeline.py"
-    script.write_text(PIPELINE)
-    arguments = [sys.executable, script, write_model(tmp_path), str(Path(__file__).parent)]
-    process = subprocess.run(arguments, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "refused: quest_token_budget cannot be served: pipeline parallelism" in process.stdout
-    assert "served: 1" in process.stdout
-    output = process.stdout + process.stderr
-    assert output.count("QUEST: all requests get the server's token budget") == 1
-
-
 SPECULATE = """
-import importlib, sys
+import gc, importlib, sys
 sys.path.insert(0, sys.argv[2])
 import conftest
 from vllm.platforms import current_platform
@@ -252,6 +217,11 @@ with engine(sys.argv[1], speculative_config=ngram) as llm:
     except VLLMValidationError as error:
         print("refused:", error)
     print("answer:", token_ids(llm, random_prompts([20]), greedy(4)))
+del llm
+gc.collect()  # with the engine's configuration goes its refusal
+with engine(sys.argv[1]) as llm:
+    asking = greedy(4, extra_args={"quest_token_budget": 64})
+    print("served:", len(token_ids(llm, random_prompts([20]), asking)))
 """
 
 
@@ -263,6 +233,7 @@ def test_the_v1_runner_refuses_budgets_while_speculating(tmp_path, monkeypatch):
     # vLLM prints lines of its own.
     before, refusal, after = re.findall(r"^((?:answer|refused): .*)$", process.stdout, re.M)
     assert before == after
+    assert "served: 1" in process.stdout
     assert refusal.startswith(
         "refused: quest_token_budget cannot be served: vLLM's V1 model runner"
     )

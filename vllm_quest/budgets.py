@@ -62,19 +62,22 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
 
 def why_undelivered(vllm_config: "VllmConfig") -> str | None:
     """Why budgets of requests would not reach this engine's decode steps, and the cure; or None."""
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        # V2 tells the last rank alone of requests' parameters (vllm/v1/worker/gpu/model_runner.py,
-        # add_requests); V1 was never seen to tell them all.
-        return "pipeline parallelism keeps it from all ranks but the last: use tensor parallelism"
     model, is_v2 = vllm_config.model_config, vllm_config.use_v2_model_runner
     is_hybrid = model is not None and model.is_hybrid
     speculates = vllm_config.speculative_config is not None
+    is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
     if speculates and not is_v2:
         # vllm/v1/sample/logits_processor/__init__.py, build_logitsprocs
         return (
             "vLLM's V1 model runner keeps it from plugins while speculating: "
-            + ("" if is_hybrid else "use the V2 runner, or ")
+            + ("" if is_hybrid or is_pipeline else "use the V2 runner, or ")
             + "remove --speculative-config"
+        )
+    if is_pipeline and is_v2 and not is_hybrid:
+        # vllm/v1/worker/gpu/model_runner.py, add_requests: V2 tells the last rank, V1 all of them
+        return (
+            "vLLM's V2 model runner keeps it from all ranks of a pipeline but the last: use tensor "
+            "parallelism" + ("" if speculates else ", or set VLLM_USE_V2_MODEL_RUNNER=0")
         )
     if is_hybrid and is_v2:
         # No `req_idx` in the batches of vllm/v1/worker/gpu/model_states/mamba_hybrid.py
