@@ -22,6 +22,7 @@ from engines import (
     write_weights,
 )
 from vllm_quest import connectors
+from vllm_quest.impl import QuestImpl, choose_by_score
 
 SPARSE = {"token_budget": 128, "dense_layers": 0}
 TINY_CACHE = {"num_gpu_blocks_override": 16, "max_model_len": 1024}
@@ -79,23 +80,33 @@ def one_by_one(llm, prompts):
     return [answers(llm, [prompt], greedy(20))[0] for prompt in prompts]
 
 
-@pytest.fixture(scope="module", params=[1024, 256], ids="chunks of {}".format)
-def stayed(request, model):
-    """Options of an engine, and the answers where blocks stay in the cache: checked, and not.
+def options_of(chunk_tokens: int) -> dict:
+    return {"quest": SPARSE, "max_num_batched_tokens": chunk_tokens}
+
+
+def stay(model, chunk_tokens):
+    """Answers where blocks stay in the cache.
 
     Asked once, and again, when all but a prompt's end is read from the cache: what is computed of
     a prompt then is what is computed of it where its blocks come back from the host. Computed in
-    other parts it is rounded otherwise, and sparse steps may choose other pages. So is what is
-    decoded by other operators: on GPUs, checked steps do not run in clusters.
+    other parts it is rounded otherwise, and sparse steps may choose other pages.
     """
-    options = {"quest": SPARSE, "max_num_batched_tokens": request.param}
-    prompts = random_prompts(LENGTHS)
-    with engine(model, **AMPLE_CACHE, **options, enable_prefix_caching=True) as llm:
-        unchecked = [one_by_one(llm, prompts) for _ in range(2)]
-        assert llm.reset_prefix_cache()
-        with check_bounds():
-            checked = [one_by_one(llm, prompts) for _ in range(2)]
-    return TINY_CACHE | options, checked, unchecked
+    prompts, options = random_prompts(LENGTHS), AMPLE_CACHE | options_of(chunk_tokens)
+    with engine(model, **options, enable_prefix_caching=True) as llm:
+        return [one_by_one(llm, prompts) for _ in range(2)]
+
+
+@pytest.fixture(scope="module", params=[1024, 256], ids="chunks of {}".format)
+def chunk_tokens(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stayed(model, chunk_tokens):
+    """As `stay`, with steps that choose as checked ones do: on GPUs not in clusters, whose rounding
+    is another."""
+    with QuestImpl.choosing(lambda *step: choose_by_score(*step)):
+        return stay(model, chunk_tokens)
 
 
 def comes_back(llm, expected):
@@ -109,19 +120,19 @@ def comes_back(llm, expected):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-def test_blocks_come_back_with_their_bounds(model, stayed, connector):
+def test_blocks_come_back_with_their_bounds(model, chunk_tokens, stayed, connector):
     """Prompts that end in a full block, one token behind it, and within it; in chunks or whole."""
-    options, expected, _ = stayed
-    with engine(model, **options, **CONNECTORS[connector]) as llm, check_bounds() as checked:
-        comes_back(llm, expected)
+    options = TINY_CACHE | options_of(chunk_tokens) | CONNECTORS[connector]
+    with engine(model, **options) as llm, check_bounds() as checked:
+        comes_back(llm, stayed)
         assert checked.pages > 2 * sum(LENGTHS) / 16
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CPUs have no CUDA graphs")
-def test_blocks_come_back_under_cuda_graphs(model, stayed):
-    options, _, expected = stayed
-    graphs = {"enforce_eager": False, "compilation_config": GRAPHS}
-    with engine(model, **options, **graphs, **CONNECTORS["OffloadingConnector"]) as llm:
+def test_blocks_come_back_under_cuda_graphs(model, chunk_tokens):
+    options = TINY_CACHE | options_of(chunk_tokens) | CONNECTORS["OffloadingConnector"]
+    expected = stay(model, chunk_tokens)
+    with engine(model, enforce_eager=False, compilation_config=GRAPHS, **options) as llm:
         comes_back(llm, expected)
 
 
