@@ -6,7 +6,7 @@ dimension names: see `ops.py`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vllm_quest import layout, ops, reference
 from vllm_quest.config import GROUP_TOKENS, Score
 
 DTYPE = torch.float64
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Blocks:
         tokens = [filled[number] for number in self.numbers.tolist()]
         return torch.tensor(tokens, device=self.device)
 
+    def part(self, rows: Tensor) -> "Blocks":
+        """The same blocks for some of the rows, `[num_rows]` int64."""
+        return replace(self, table=self.table[rows], seq_lens=self.seq_lens[rows])
+
     def pages(self) -> Tensor:
         """`[max_pages]` int64: their numbers."""
         return torch.arange(self.max_pages, device=self.device)
@@ -86,9 +91,14 @@ class Blocks:
         return exact(self.cache[:, :, : self.block_tokens, : self.cache.shape[3] // 2])
 
 
+def bits(values: Tensor) -> Tensor:
+    """The same elements as integers, a view."""
+    return values.view(BITS[values.element_size()])
+
+
 def gathered(kv_cache: Tensor, numbers: Tensor) -> Tensor:
     """Some blocks of a cache of any dtype, a copy."""
-    return kv_cache.view(torch.uint8)[numbers].view(kv_cache.dtype)
+    return bits(kv_cache)[numbers].view(kv_cache.dtype)
 
 
 def exact(values: Tensor) -> Tensor:
@@ -106,8 +116,17 @@ def bounds(blocks: Blocks, filled: Tensor) -> Tensor:
     keys = keys.unflatten(2, (-1, page_size))  # [blocks, heads, pages, page_size, head_size]
     token = torch.arange(blocks.block_tokens, device=blocks.device).view(1, 1, -1, page_size, 1)
     is_filled = token < filled.view(-1, 1, 1, 1, 1)
-    low = keys.masked_fill(~is_filled, torch.inf).amin(3)
-    high = keys.masked_fill(~is_filled, -torch.inf).amax(3)
+    low, high = keys.amin(3), keys.amax(3)
+    # Of each block, the page that is filled in part, if any, has garbage behind.
+    block = torch.arange(len(filled), device=blocks.device)
+    page = (filled // page_size).clamp(max=keys.shape[2] - 1)
+    last = keys[block, :, page]  # [blocks, heads, page_size, head_size]
+    is_last_filled = is_filled[block, :, page]
+    is_partly = (filled % page_size > 0).view(-1, 1, 1)
+    low_of_last = last.masked_fill(~is_last_filled, torch.inf).amin(2)
+    high_of_last = last.masked_fill(~is_last_filled, -torch.inf).amax(2)
+    low[block, :, page] = low_of_last.where(is_partly, low[block, :, page])
+    high[block, :, page] = high_of_last.where(is_partly, high[block, :, page])
     if blocks.score != "minmax":
         keys, count = keys.to(DTYPE), is_filled.sum(3).clamp(min=1)
         if blocks.score == "mean_std":
@@ -260,7 +279,7 @@ def attention(
     Args:
         query: `[num_rows, num_heads, head_size]`.
         blocks: of the rows.
-        is_attended: `[num_rows, num_kv_heads, max_pages]` bool.
+        is_attended: `[num_rows, num_kv_heads, >= max_pages]` bool.
         scale: factor of q·k.
         soft_cap: see `ops.sparse_decode`.
         sinks: `[num_heads]`, see `ops.sparse_decode`.
@@ -268,7 +287,9 @@ def attention(
     _, num_kv_heads, _, width = blocks.cache.shape
     pages_in_cache = blocks.cache[:, :, : blocks.block_tokens]
     pages_in_cache = exact(pages_in_cache).reshape(-1, blocks.page_size, width)
-    is_attended = is_attended & (blocks.pages() < blocks.num_pages[:, None, None])
+    is_attended = is_attended[..., : blocks.max_pages] & (
+        blocks.pages() < blocks.num_pages[:, None, None]
+    )
     count = is_attended.sum(-1)  # [rows, heads]
     # The pages of each row and head, those attended first.
     pages = torch.sort(~is_attended, dim=-1, stable=True).indices[..., : max(1, int(count.max()))]

@@ -46,7 +46,7 @@ def draw_engine(
         "keep_first_pages": rng.choice([1, 1, 2] if score == "codes" else [0, 1, 2]),
         "keep_newest_percent": rng.choice([0, 0, 25, 50, 100]),
     }
-    max_num_seqs = rng.choice([8, 32, 64, 128, 128] if ON_GPU else [3, 8, 16, 32, 48])
+    max_num_seqs = rng.choice([8, 32, 64, 128, 128] if ON_GPU else [3, 8, 16, 32, 64])
     options: dict[str, Any] = {
         "block_size": block_size,
         "max_model_len": max_model_len,
@@ -58,7 +58,8 @@ def draw_engine(
         "scheduling_policy": rng.choice(["fcfs", "fcfs", "priority"]),
     }
     # The null block, and the states of other layers; more contexts than fit make requests wait.
-    contexts = rng.choice([1.1, 3.0, 16.0, 64.0, 64.0] if ON_GPU else [1.1, 1.5, 3.0, 8.0])
+    most = 64.0 if ON_GPU else 24.0
+    contexts = rng.choice([1.1, 1.5, 3.0, 8.0, most, most])
     of_others = 40 if model.is_hybrid else 4 + 4 * 128 // block_size if model.has_windows else 0
     blocks = int(contexts * -(-max_model_len // block_size)) * (2 if model.has_windows else 1)
     options["num_gpu_blocks_override"] = 2 + of_others + blocks
@@ -96,7 +97,7 @@ def draw_wave(seed: int, index: int, wave: int, engine: EngineCase) -> Wave:
     """The wave of an engine with this number, from 0 on."""
     rng = random.Random(f"wave {seed} {index} {wave}")
     requests: list[RequestCase] = []
-    count = rng.choice([12, 60, 150, 250] if ON_GPU else [4, 12, 24, 40])
+    count = rng.choice([12, 60, 150, 250] if ON_GPU else [4, 12, 24, 40, 64])
     for number in range(min(count, 3 * room(engine) + 12) if ON_GPU else count):
         twin = rng.choice(requests) if requests and rng.random() < 0.2 else None
         requests.append(_draw_request(rng, engine, f"w{wave}r{number}", twin))

@@ -7,16 +7,9 @@ from torch import Tensor
 
 import batched_reference
 from batch import bounds_error
-from batched_reference import Blocks, exact, gathered
+from batched_reference import Blocks, bits, exact, gathered
 from vllm_quest import ops, reference
 from vllm_quest.config import GROUP_TOKENS, Score
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def bits(values: Tensor) -> Tensor:
-    """The same elements as integers, a view."""
-    return values.view(BITS[values.element_size()])
 
 
 @dataclass
