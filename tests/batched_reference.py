@@ -292,7 +292,8 @@ def attention(
     )
     count = is_attended.sum(-1)  # [rows, heads]
     # The pages of each row and head, those attended first.
-    pages = torch.sort(~is_attended, dim=-1, stable=True).indices[..., : max(1, int(count.max()))]
+    order = torch.sort((~is_attended).byte(), dim=-1, stable=True).indices
+    pages = order[..., : max(1, int(count.max()))]
     row = torch.arange(len(pages), device=blocks.device).view(-1, 1, 1)
     head = torch.arange(num_kv_heads, device=blocks.device).view(1, -1, 1)
     block = blocks.table[row, pages // blocks.block_pages]

@@ -22,6 +22,7 @@ from engines import ON_GPU
 from fuzz import checker
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
 from fuzz.draw import draw_engine, draw_wave
+from fuzz.graphs import tapped
 from fuzz.mended import mended
 from fuzz.run import run_wave, running
 from fuzz.shrink import shrink
@@ -178,6 +179,10 @@ def stale_bounds(_, key, value, kv_cache, slots, **named):
     kv_cache[slots.max() // 32, :, 32] += 1.0
 
 
+def a_key_off(_, key, value, kv_cache, slots, **named):
+    kv_cache[slots[:1] // 32, 0, slots[:1] % 32, 0] += 1
+
+
 def a_neighbour(_, scores, rows, pages, **named):
     pages[:, 0, 1] += 1
 
@@ -223,6 +228,42 @@ def test_a_planted_fault_is_seen(llm, what):
             stack.enter_context(patch)
         # 129 tokens in chunks of 128: the end of a prompt is one token.
         faults = run_wave(llm, small_wave(), 512).faults
+    assert any(words in fault for fault in faults), faults
+
+
+@pytest.fixture
+def out_of_sight(llm):
+    """Every step is taken for one that a CUDA graph ran, as far as no GPU is needed for that."""
+
+    def unseen(checker, real, layer, *arguments, **named):
+        return real(layer, *arguments, **named)
+
+    captures = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True)
+    forward = mock.patch.object(checker.Checker, "forward", unseen)
+    with tapped(), captures, forward, mock.patch.multiple(ops, **checker.REAL):
+        run_wave(llm, small_wave(), 512)  # makes the taps, as engines do before they serve
+        yield llm
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_fuzz_on_gpu.py has graphs")
+def test_steps_out_of_sight_are_checked(out_of_sight):
+    found = run_wave(out_of_sight, small_wave(), 512)
+    assert found.faults == []
+    assert found.totals.rows_in_graphs == found.totals.rows > found.totals.sparse_rows > 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_fuzz_on_gpu.py has graphs")
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("sparse_decode", off_by_little, "output is off"),
+        ("sparse_decode", one_row_more, "a graph's counters"),
+        ("write_kv", a_key_off, "other keys"),
+    ],
+)
+def test_a_fault_out_of_sight_is_seen(out_of_sight, name, damage, words):
+    with mock.patch.object(ops, name, later(getattr(ops, name), damage)):
+        faults = run_wave(out_of_sight, small_wave(), 512).faults
     assert any(words in fault for fault in faults), faults
 
 

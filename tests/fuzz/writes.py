@@ -34,17 +34,17 @@ class Write:
         return gathered(self.kv_cache, self.numbers)
 
     def keys_values(self, key: Tensor, value: Tensor) -> Tensor:
-        """What is to be stored, `[num_written, num_kv_heads, 2 * head_size]`."""
+        """The bits that are to be stored, `[num_written, num_kv_heads, 2 * head_size]`."""
         parts = [side[: len(self.slots)][self.is_real] for side in (key, value)]
         if self.scales is not None:
             scales = (self.scales.key, self.scales.value)
             parts = [reference.quantised(*each) for each in zip(parts, scales, strict=True)]
-        return torch.cat(parts, dim=-1)
+        return torch.cat([bits(part) for part in parts], dim=-1)
 
     def faults(self, before: Tensor, key: Tensor, value: Tensor) -> list[str]:
         """What is wrong with the blocks as they are now, which were `before`: every bit of them."""
         found, expected = self.blocks(), before
-        bits(expected)[self.place, :, self.token] = bits(self.keys_values(key, value))
+        bits(expected)[self.place, :, self.token] = self.keys_values(key, value)
         if self.score == "codes":
             faults = self._update_codes(expected, found)
         else:
@@ -104,5 +104,5 @@ class Write:
 
 def missing_keys(write: Write, key: Tensor, value: Tensor) -> bool:
     """Whether a cache has other keys or values in the slots than were given."""
-    found = gathered(write.kv_cache, write.numbers)[write.place, :, write.token]
-    return not torch.equal(bits(found), bits(write.keys_values(key, value)))
+    found = bits(write.blocks())[write.place, :, write.token]
+    return not torch.equal(found, write.keys_values(key, value))

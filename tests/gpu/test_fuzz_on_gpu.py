@@ -18,6 +18,7 @@ from vllm_quest import ops
 
 pytestmark = needs_a_gpu
 
+BLOCK_TOKENS = 128
 HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 MORE_SHAPES = [
@@ -65,7 +66,7 @@ def engine_case(runner: str, cache: str, score: str = "minmax", speculation="") 
     quest = {"token_budget": 64, "dense_layers": 1, "score": score}
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8, 32]}
     options = {
-        "block_size": 128,
+        "block_size": BLOCK_TOKENS,
         "max_model_len": 512,
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
@@ -114,7 +115,8 @@ def off_by_little(query, kv_cache, rows, *arguments, **named):
 
 
 def a_key_off(key, value, kv_cache, slots, **named):
-    kv_cache[:, 0, 5, 0] += 1
+    block, token = slots[:1] // BLOCK_TOKENS, slots[:1] % BLOCK_TOKENS
+    kv_cache[block, 0, token, 0] += 1
 
 
 def one_page_less(query, kv_cache, rows, *arguments, counters, **named):
