@@ -132,8 +132,8 @@ def running(
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**case.environment, "PYTHONPATH": os.pathsep.join(paths)}
     if options.get("tensor_parallel_size", 1) > 1 and not ON_GPU:
-        first, *_, last = sorted(os.sched_getaffinity(0))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{first}|{last}"
+        cores = sorted(os.sched_getaffinity(0))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(models.loadable())
