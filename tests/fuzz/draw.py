@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from engines import ON_GPU
 from vllm_quest.config import GROUP_TOKENS
 
@@ -12,7 +14,10 @@ from .cases import EngineCase, RequestCase, Wave
 from .models import MODELS, family_options
 
 NUM_PREFIXES = 3
-DTYPES = ("bfloat16", "float16", "fp8") if ON_GPU else ("float32", "bfloat16", "float16")
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+HAS_FP8 = ON_GPU and torch.cuda.get_device_capability() == (9, 0)  # as FlashAttention 3 has
+DTYPES = ("bfloat16", "float16") if ON_GPU else ("float32", "bfloat16", "float16")
+DTYPES += ("fp8",) if HAS_FP8 else ()
 """Of the model; with fp8 the KV cache alone is."""
 
 ANY_DTYPE = ("llama", "guessable", "demo", "Qwen2")
@@ -79,7 +84,8 @@ def draw_engine(
     environment = {}
     if ON_GPU:
         is_v2 = rng.random() < 0.5 and not model.is_hybrid
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1" if is_v2 else "0"
+        environment[V2_RUNNER] = "1" if is_v2 else "0"
+        options["gpu_memory_utilization"] = 0.05  # several fuzzers may share a GPU
         # The ledger knows of drafts that were turned down only once the scheduler does.
         options["async_scheduling"] = rng.random() < 0.5 and not speculation
         if is_v2:
@@ -144,7 +150,8 @@ def _draw_request(
     if twin is not None and rng.random() < 0.7:
         num_answer = twin.num_answer
     budget = None
-    if not engine.speculation and rng.random() < 0.6:
+    is_delivered = not engine.speculation or engine.environment.get(V2_RUNNER) == "1"
+    if is_delivered and rng.random() < 0.6:
         budget = rng.choice([1, page_size, 2 * page_size, 48, 100, 200, -1, 10**6])
     more: dict[str, Any] = {}
     is_greedy = twin is not None or rng.random() < 0.75

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -135,6 +136,8 @@ def running(
         cores = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
     with contextlib.ExitStack() as stack:
+        if ON_GPU:
+            stack.callback(torch.cuda.empty_cache)
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(models.loadable())
         stack.enter_context(mended())
