@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ class Server:
     options: list[str] = field(default_factory=list)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    temporary: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="soak-")
+    )
+    """What the server takes for the system's temporary folder."""
 
     @property
     def url(self) -> str:
@@ -48,6 +53,7 @@ class Server:
         arguments += ["--additional-config", json.dumps({"quest": QUEST}), *self.options]
         begun = time.monotonic()
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+        environment["TMPDIR"] = self.temporary.name
         self.process = start(arguments, self.port, env=environment, log=self.log)
         return time.monotonic() - begun
 
@@ -60,6 +66,10 @@ class Server:
         assert self.process is not None
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
+
+    def metrics_folders(self) -> list[str]:
+        """Folders for its metrics, which one that is killed leaves to the next."""
+        return [path.name for path in Path(self.temporary.name).glob("vllm-quest-metrics-*")]
 
     def rss_mib(self) -> float:
         """Resident memory of all its processes."""
