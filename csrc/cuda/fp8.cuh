@@ -105,16 +105,11 @@ struct CacheElement<Fp8> {
     Packed p;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const float2 low = floats_of(elements.word[2 * w]),
-                   high = floats_of(elements.word[2 * w + 1]);
+      const float2 low = floats_of<__half>(elements.word[2 * w]),
+                   high = floats_of<__half>(elements.word[2 * w + 1]);
       p.word[w] = fp8_of(low.x, low.y) | fp8_of(high.x, high.y) << 16;
     }
     return p;
-  }
-
- private:
-  static __device__ __forceinline__ float2 floats_of(uint32_t halves) {
-    return __half22float2(reinterpret_cast<const __half2&>(halves));
   }
 };
 
