@@ -7,6 +7,8 @@
 // Online softmax, in fp32.
 #pragma once
 
+#include <bit>
+
 #include "device.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
@@ -21,11 +23,12 @@ constexpr int kSlab = 64;
 template <int kHeadSize, int kGroupTiles>
 using GroupVecs = Vec[kGroupTiles][kHeadSize / 32][kWarpSize];
 
-// The group for an fp8 cache: fp16, and what each head was divided by (divide_to_halves).
+// The group for an fp8 cache: fp16, what each head was divided by (divide_to_halves), and what the
+// products with keys are multiplied with, the keys' scale included.
 template <int kHeadSize, int kGroupTiles>
 struct HalfGroupQuery {
   GroupVecs<kHeadSize, kGroupTiles> vecs;
-  float divisor[8 * kGroupTiles];
+  float divisor[8 * kGroupTiles], key_factor[8 * kGroupTiles];
 
   __device__ const auto& operator[](int tile) const { return vecs[tile]; }
 };
@@ -39,7 +42,7 @@ using GroupQuery = std::conditional_t<kIsFp8<Stored>, HalfGroupQuery<kHeadSize, 
 template <typename T, int kHeadSize, int kGroupTiles, int kThreads>
 class SameGroupQueryLoad {
  public:
-  __device__ void load(const T* query, int64_t head_stride, int group_size) {
+  __device__ void load(const T* query, int64_t head_stride, int group_size, const KvScales&) {
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       const unsigned i = threadIdx.x + k * kThreads;  // unsigned: cheaper to divide
@@ -69,41 +72,59 @@ class SameGroupQueryLoad {
   Vec vecs_[kPerThread];
 };
 
-// For an fp8 cache a warp loads 8 heads, so that a head's lanes can tell what it is divided by.
-template <int kHeadSize, int kGroupTiles>
+// For an fp8 cache neighbouring lanes load a head, so that they can tell what it is divided by: a
+// vector each, so that the conversion, for which all wait, is short. The keys' scale is loaded
+// beside the query, because it would be waited for by itself later.
+template <int kHeadSize, int kGroupTiles, int kThreads>
 class HalfGroupQueryLoad {
  public:
-  __device__ void load(const __nv_bfloat16* query, int64_t head_stride, int group_size) {
-    const int lane = threadIdx.x % kWarpSize, head = tile() * 8 + lane / 4;
+  __device__ void load(const __nv_bfloat16* query, int64_t head_stride, int group_size,
+                       const KvScales& scales) {
+    key_scale_ = load_once(scales.key);
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) {
-      vecs_[j] = {};
-      if (head < group_size) {
-        vecs_[j] = load_once(query + head * head_stride +
-                             Vec::kElements * vec_of<Fp8, kVecs>(j, lane % 4));
+    for (int k = 0; k < kPerThread; ++k) {
+      vecs_[k][0] = {};
+      if (vec() < kHeadVecs && head(k) < group_size) {
+        vecs_[k][0] = load_once(query + head(k) * head_stride +
+                                Vec::kElements * vec_of<Fp8, kVecs>(vec() / 4, vec() % 4));
       }
     }
   }
 
   __device__ void store(HalfGroupQuery<kHeadSize, kGroupTiles>& to) {
-    if (tile() >= kGroupTiles) return;
-    const int lane = threadIdx.x % kWarpSize;
-    to.divisor[tile() * 8 + lane / 4] = divide_to_halves(vecs_);
 #pragma unroll
-    for (int j = 0; j < kVecs; ++j) to.vecs[tile()][j][lane] = vecs_[j];
+    for (int k = 0; k < kPerThread; ++k) {
+      if (head(k) >= kHeads) return;  // All lanes of a warp, since it has a power of two of heads.
+      const float divisor = divide_to_halves<kLanes>(vecs_[k]);
+      if (vec() == 0) {
+        to.divisor[head(k)] = divisor;
+        to.key_factor[head(k)] = divisor * key_scale_;
+      }
+      if (vec() < kHeadVecs) {
+        to.vecs[head(k) / 8][vec() / 4][head(k) % 8 * 4 + vec() % 4] = vecs_[k][0];
+      }
+    }
   }
 
  private:
-  static constexpr int kVecs = kHeadSize / 32;
+  static constexpr int kHeads = 8 * kGroupTiles;
+  static constexpr int kVecs = kHeadSize / 32, kHeadVecs = kHeadSize / Vec::kElements;
+  static constexpr unsigned kLanes = std::bit_ceil(unsigned{kHeadVecs});  // lanes to a head
+  static constexpr int kHeadsAtOnce = kThreads / kLanes;
+  static constexpr int kPerThread = (kHeads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  static_assert(kLanes <= kWarpSize && kHeads % (kWarpSize / kLanes) == 0);
 
-  static __device__ int tile() { return threadIdx.x / kWarpSize; }
+  // This thread's k-th head, and its vector of each. Unsigned: cheaper to divide.
+  static __device__ int head(int k) { return k * kHeadsAtOnce + threadIdx.x / kLanes; }
+  static __device__ int vec() { return threadIdx.x % kLanes; }
 
-  Vec vecs_[kVecs];
+  Vec vecs_[kPerThread][1];
+  float key_scale_;
 };
 
 template <typename T, typename Stored, int kHeadSize, int kGroupTiles, int kThreads>
 using GroupQueryLoad =
-    std::conditional_t<kIsFp8<Stored>, HalfGroupQueryLoad<kHeadSize, kGroupTiles>,
+    std::conditional_t<kIsFp8<Stored>, HalfGroupQueryLoad<kHeadSize, kGroupTiles, kThreads>,
                        SameGroupQueryLoad<T, kHeadSize, kGroupTiles, kThreads>>;
 
 // `Stored`: the type of the cache's elements.
@@ -289,10 +310,10 @@ class WarpAttention {
     return pack_high(x.word[w], y.word[w]);
   }
   static __device__ __forceinline__ uint32_t firsts(const Fp8Vec& x, const Fp8Vec& y, int w) {
-    return halves_of(both(x, y, w) & 0xffff);
+    return halves_of(both(x, y, w)).low;
   }
   static __device__ __forceinline__ uint32_t seconds(const Fp8Vec& x, const Fp8Vec& y, int w) {
-    return halves_of(both(x, y, w) >> 16);
+    return halves_of(both(x, y, w)).high;
   }
   static __device__ __forceinline__ uint32_t both(const Fp8Vec& x, const Fp8Vec& y, int w) {
     return __byte_perm(x.word[w / 2], y.word[w / 2], w % 2 == 0 ? 0x5140 : 0x7362);
@@ -300,7 +321,7 @@ class WarpAttention {
 
   // The factor of a product of keys and query head 2c + k of a group tile.
   __device__ float scale(int tile, int k) const {
-    if constexpr (kIsFp8<Stored>) return scale_ * query_.divisor[tile * 8 + 2 * c_ + k];
+    if constexpr (kIsFp8<Stored>) return scale_ * query_.key_factor[tile * 8 + 2 * c_ + k];
     return scale_;
   }
 

@@ -62,6 +62,15 @@ __device__ __forceinline__ float4 load_once(const float4* address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_once(const uint2* address) {
+  uint2 v;
+  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ int32_t load_once(const int32_t* address) {
   int32_t v;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
@@ -241,6 +250,18 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
   const auto pair = Element<T>::from_floats(first, second);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Two elements as numbers.
+template <typename T>
+__device__ __forceinline__ float2 floats_of(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 floats_of<__nv_bfloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 floats_of<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 // Elementwise minimum and maximum of two words; NaN wins, as in PyTorch.

@@ -40,21 +40,36 @@ __device__ __forceinline__ void store(void* address, const Fp8Vec& v) {
                : "memory");
 }
 
-// The elements in the low half of `pair` as two fp16; NaN stays.
-__device__ __forceinline__ uint32_t halves_of(uint32_t pair) {
+// Two words of two fp16 each: the elements in the low half of a word, and those in its high half.
+struct Halves {
+  uint32_t low, high;
+};
+
+// Four elements as fp16; NaN stays.
+__device__ __forceinline__ Halves halves_of(uint32_t four) {
+  Halves halves;
 #if __CUDA_ARCH__ >= 890
-  const __half2_raw halves =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
-  return reinterpret_cast<const uint32_t&>(halves);
+  // As halves of a register, which the instruction can read: of `four >> 16`, ptxas 13.0 makes a
+  // shift.
+  asm("{ .reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(halves.low), "=r"(halves.high)
+      : "r"(four));
 #else
   // Exponent and mantissa, one place lower, are those of fp16 but for the exponents' bias: 2^8 too
   // small. NaN then looks like 480: times 146 it alone overflows, and infinity times 0 is NaN.
-  const uint32_t spread = __byte_perm(pair, 0, 0x1404);
-  const uint32_t bits = (spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1;
-  const __half2 x = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
-  const __half2 y = __hfma2(__hmul2(x, __float2half2_rn(146.0f)), __float2half2_rn(0.0f), x);
-  return reinterpret_cast<const uint32_t&>(y);
+  const auto converted = [](uint32_t spread) {
+    const uint32_t bits = (spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1;
+    const __half2 x = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
+    const __half2 y = __hfma2(__hmul2(x, __float2half2_rn(146.0f)), __float2half2_rn(0.0f), x);
+    return reinterpret_cast<const uint32_t&>(y);
+  };
+  halves.low = converted(__byte_perm(four, 0, 0x1404));
+  halves.high = converted(__byte_perm(four, 0, 0x3424));
 #endif
+  return halves;
 }
 
 // The largest magnitudes are 448: larger ones become it.
@@ -83,36 +98,29 @@ struct CacheElement<Fp8> {
     return load_once(reinterpret_cast<const Fp8Vec*>(from));
   }
   static __device__ __forceinline__ Vec unpacked(const Packed& elements) {
-    Vec v;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) v.word[w] = halves_of(elements.word[w / 2] >> w % 2 * 16);
-    return v;
+    const Halves first = halves_of(elements.word[0]), second = halves_of(elements.word[1]);
+    return {{first.low, first.high, second.low, second.high}};
   }
   static __device__ __forceinline__ Packed packed(const Vec& elements) {
     Packed p;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const float2 low = floats_of(elements.word[2 * w]),
-                   high = floats_of(elements.word[2 * w + 1]);
+      const float2 low = floats_of<__half>(elements.word[2 * w]),
+                   high = floats_of<__half>(elements.word[2 * w + 1]);
       p.word[w] = fp8_of(low.x, low.y) | fp8_of(high.x, high.y) << 16;
     }
     return p;
   }
-
- private:
-  static __device__ __forceinline__ float2 floats_of(uint32_t halves) {
-    return __half22float2(reinterpret_cast<const __half2&>(halves));
-  }
 };
 
-// The factors of an fp8 cache's elements, which may be read once a kernel has waited for the
-// previous one. It is a base of the classes that use them: without factors it takes no room, and
-// the machine code is as if there were none.
+// The factors of an fp8 cache's elements. They may be read where the query may. It is a base of the
+// classes that use them: without factors it takes no room, and the machine code is as if there were
+// none.
 template <typename Stored>
 class CacheScales {
  public:
   __device__ explicit CacheScales(const KvScales&) {}
-  __device__ float of_logits(float scale) const { return scale; }
+  __device__ KvScales scales() const { return {}; }
   __device__ float of_values() const { return 1.0f; }
 };
 
@@ -120,16 +128,16 @@ template <>
 class CacheScales<Fp8> {
  public:
   __device__ explicit CacheScales(const KvScales& scales) : scales_(scales) {}
-  __device__ float of_logits(float scale) const { return scale * *scales_.key; }
+  __device__ const KvScales& scales() const { return scales_; }
   __device__ float of_values() const { return *scales_.value; }
 
  private:
   const KvScales& scales_;
 };
 
-// Turn query heads from bf16 into fp16. The four lanes of a head have its elements. Returns the
-// power of two by which they are divided: with it, the largest lies from 2^14 up to 2^15.
-template <int kVecs>
+// Turn query heads from bf16 into fp16. `kLanes` neighbouring lanes have a head's elements. Returns
+// the power of two by which they are divided: with it, the largest lies from 2^14 up to 2^15.
+template <int kLanes, int kVecs>
 __device__ __forceinline__ float divide_to_halves(Vec (&head)[kVecs]) {
   uint32_t largest = 0;  // bits without sign, in the order of magnitudes
 #pragma unroll
@@ -139,8 +147,10 @@ __device__ __forceinline__ float divide_to_halves(Vec (&head)[kVecs]) {
       largest = max(largest, max(word & 0x7fffu, word >> 16 & 0x7fffu));
     }
   }
-  largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-  largest = max(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+  }
   // fp32 has the exponents of bf16. The smallest are left, so that both factors are normal numbers.
   constexpr uint32_t kBias = 127, kExponent = 14, kMantissaBits = 23;
   const uint32_t exponent = max(largest >> 7, kExponent + 1);

@@ -121,7 +121,7 @@ class Score {
         query_[tile][j] = load_once(query + Vec::kElements * vec_of<Stored, kVecs>(j, c_));
       }
       if constexpr (kIsFp8<Stored>) {
-        const float of_head = divide_to_halves(query_[tile]);
+        const float of_head = divide_to_halves<4>(query_[tile]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           divisor_[tile][k] = __shfl_sync(kAllLanes, of_head, 4 * (2 * c_ + k));

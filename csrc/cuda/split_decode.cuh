@@ -75,7 +75,7 @@ class SplitDecode : CacheScales<Stored> {
         warp_(threadIdx.x / kWarpSize),
         r_(lane_ / 4),
         c_(lane_ % 4),
-        warp_attention_(memory.query, Tile::kPaddedPitch, this->of_logits(p.scale), p.soft_cap) {}
+        warp_attention_(memory.query, Tile::kPaddedPitch, p.scale, p.soft_cap) {}
 
   // Attend to this CTA's chunks, [begin, end).
   __device__ void run() {
@@ -204,7 +204,7 @@ class SplitDecode : CacheScales<Stored> {
     GroupQueryLoad<T, Stored, kHeadSize, kGroupTiles, kThreads> query;
     query.load(static_cast<const T*>(p_.query) + segment.row * p_.query_row_stride +
                    segment.head * p_.group_size * p_.query_head_stride,
-               p_.query_head_stride, p_.group_size);
+               p_.query_head_stride, p_.group_size, this->scales());
     query.store(memory_.query);
     warp_attention_.reset();
     __syncthreads();

@@ -47,27 +47,6 @@ __device__ __forceinline__ void mma_codes(int (&sum)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two elements as numbers.
-template <typename T>
-__device__ __forceinline__ float2 floats_of(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 floats_of<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-template <>
-__device__ __forceinline__ float2 floats_of<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
-__device__ __forceinline__ uint2 load_four(const void* address) {
-  uint2 v;
-  asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(address)
-               : "memory");
-  return v;
-}
-
 template <typename T, int kHeadSize, int kTiles>
 class WeighPages {
  public:
@@ -197,7 +176,7 @@ class WeighPages {
     for (int step = 0; step < kSteps; ++step) {
       const T* const of_step = scales + (channels_of(step) - channels_of(0));
       offsets_[step] = load_once(of_step);
-      steps_[step] = load_four(of_step + kHeadSize + 4 * (r_ % 2));
+      steps_[step] = load_once(reinterpret_cast<const uint2*>(of_step + kHeadSize + 4 * (r_ % 2)));
     }
   }
 

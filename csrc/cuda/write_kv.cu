@@ -77,6 +77,71 @@ struct Floats {
   }
 };
 
+// Makes elements of the cache from 8 elements of the batch. `T`: their type.
+template <typename T, typename Stored>
+class Quantiser {
+ public:
+  struct Scales {};
+
+  __device__ static Scales load(const KvScales&) { return {}; }
+  __device__ Quantiser(const Scales&, bool) {}
+  __device__ const Vec& operator()(const Vec& elements) const { return elements; }
+};
+
+// The bits of vLLM's own write: x / scale, rounded to fp32, then to fp8. A division would take ten
+// instructions and a branch for each x. Here x is multiplied by the scale's reciprocal, and the
+// product is corrected by what it leaves of x. With the reciprocal rounded to the nearest this is
+// the quotient rounded to the nearest for every mantissa of x and of the scale (all 2^30 were
+// tried). Quotients out of its range are those that fp8 does not tell from 0 or from the largest.
+// Scales are finite and above 0.
+template <typename T>
+class Quantiser<T, Fp8> {
+ public:
+  struct Scales {
+    float key, value;
+  };
+
+  // Called as early as scales may be read: what is computed from them does not wait then.
+  __device__ static Scales load(const KvScales& from) {
+    return {load_once(from.key), load_once(from.value)};
+  }
+
+  // The scale is brought to where its reciprocal and the remainders are normal numbers.
+  __device__ Quantiser(const Scales& scales, bool is_key) {
+    const float scale = is_key ? scales.key : scales.value;
+    factor_ = scale < 0x1p-64f ? 0x1p64f : scale > 0x1p64f ? 0x1p-64f : 1.0f;
+    divisor_ = scale * factor_;
+    float estimate;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(divisor_));
+    reciprocal_ = fmaf(fmaf(-divisor_, estimate, 1.0f), estimate, estimate);
+  }
+
+  __device__ Fp8Vec operator()(const Vec& elements) const {
+    const Floats x = Floats::of<T>(elements);
+    Fp8Vec result;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const float* const four = x.at + 4 * w;
+      result.word[w] = fp8_of(quotient(four[0]), quotient(four[1])) |
+                       fp8_of(quotient(four[2]), quotient(four[3])) << 16;
+    }
+    return result;
+  }
+
+ private:
+  __device__ float quotient(float x) const {
+    x *= factor_;
+    const float q = x * reciprocal_;
+    // With these signs -0 stays -0.
+    const float corrected = fmaf(fmaf(divisor_, q, -x), -reciprocal_, q);
+    return fabsf(q) < kSaturated ? corrected : q;  // Infinity leaves no remainder.
+  }
+
+  static constexpr float kSaturated = 1024.0f;  // Any quotient from here on becomes the largest.
+
+  float factor_, divisor_, reciprocal_;
+};
+
 // The slot of a token, counted over all blocks. Negative for padding and outside the batch.
 __device__ __forceinline__ int slot_of(const WriteKvParams& p, int token) {
   return token >= 0 && token < p.num_slots ? static_cast<int>(p.slot_mapping[token]) : -1;
@@ -96,9 +161,12 @@ struct LaneTokens {
 template <typename T, typename Stored, ScoreKind kScore>
 class RunWriter {
  public:
+  using Quantiser = quest::cuda::Quantiser<T, Stored>;
+
   // The run ends with the token of lane `last_lane`.
-  __device__ RunWriter(const WriteKvParams& p, const KvScales& scales, const Partition& partition,
-                       const LaneTokens& tokens, int last_lane, int head)
+  __device__ RunWriter(const WriteKvParams& p, const Quantiser::Scales& scales,
+                       const Partition& partition, const LaneTokens& tokens, int last_lane,
+                       int head)
       : p_(p), scales_(scales), head_(head) {
     const int slot = __shfl_sync(kAllLanes, tokens.slot, last_lane);
     const int page_size = p.cache.page_size;
@@ -181,10 +249,11 @@ class RunWriter {
         if (k < num_tokens_ - i) added[k] = load_once(from.first + (i + k) * from.token_stride);
       }
       if (kHasBounds && i == 0 && is_key) read_stored(rows, extremes);
+      const Quantiser quantise(scales_, is_key);
 #pragma unroll
       for (int k = 0; k < kBatchRowsInFlight; ++k) {
         if (k < num_tokens_ - i) {
-          const auto stored = quantised(added[k], is_key);
+          const auto stored = quantise(added[k]);
           store(rows + (first_offset_ + i + k) * row_size(), stored);
           extremes.add(Cache::unpacked(stored));
         }
@@ -208,35 +277,17 @@ class RunWriter {
 
   // Copy a run that skips slots of its page, which is rare: one token after the other.
   __device__ Extremes<Compute> copy_each(const Source& from, int column) const {
+    const Quantiser quantise(scales_, column < p_.cache.head_size);
     for (int i = 0; i < num_tokens_; ++i) {
       const int offset = slot_of(p_, first_token_ + i) - page_slot_;
       store(page_rows_ + offset * row_size() + column,
-            quantised(load_once(from.first + i * from.token_stride), column < p_.cache.head_size));
+            quantise(load_once(from.first + i * from.token_stride)));
     }
     Extremes<Compute> extremes;
     for (int i = 0; kHasBounds && i <= last_offset_; ++i) {
       extremes.add(Cache::unpacked(Cache::load(page_rows_ + i * row_size() + column)));
     }
     return extremes;
-  }
-
-  // 8 elements of the batch, as the cache has them.
-  __device__ typename Cache::Packed quantised(const Vec& elements, bool is_key) const {
-    if constexpr (kIsFp8<Stored>) {
-      // Divided, not multiplied, and rounded to the nearest: the bits of vLLM's own write.
-      const float scale = is_key ? *scales_.key : *scales_.value;
-      const Floats x = Floats::of<T>(elements);
-      Fp8Vec result;
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        const float* const four = x.at + 4 * w;
-        result.word[w] = fp8_of(four[0] / scale, four[1] / scale) |
-                         fp8_of(four[2] / scale, four[3] / scale) << 16;
-      }
-      return result;
-    } else {
-      return elements;
-    }
   }
 
   __device__ void store_bounds(Extremes<Compute> extremes, int column) const {
@@ -292,7 +343,7 @@ class RunWriter {
   }
 
   const WriteKvParams& p_;
-  const KvScales& scales_;
+  const Quantiser::Scales& scales_;
   const int head_;
   int page_slot_;                   // the page's first slot
   int first_offset_, last_offset_;  // the run's slots, counted from the page's first
@@ -325,8 +376,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerMultiprocessor)
   wait_for_previous_kernel();
   release_next_kernel();
 
+  if (ends == 0) return;
+  using Writer = RunWriter<T, Stored, kScore>;
+  const auto loaded_scales = Writer::Quantiser::load(scales);
   for (; ends != 0; ends &= ends - 1) {
-    RunWriter<T, Stored, kScore>(p, scales, partition, tokens, __ffs(ends) - 1, blockIdx.y).run();
+    Writer(p, loaded_scales, partition, tokens, __ffs(ends) - 1, blockIdx.y).run();
   }
 }
 

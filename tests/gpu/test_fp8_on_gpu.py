@@ -81,6 +81,18 @@ def test_every_number_is_rounded_as_by_the_reference(key_scale: float) -> None:
     assert torch.equal(found[:, :, 16:].cpu().double(), expected[:, :, 16:].double())
 
 
+@pytest.mark.parametrize("exponent", [-149, -130, -100, -65, -64, -9, 0, 63, 64, 110, 127])
+def test_scales_of_every_size_round_as_divisors(exponent: int) -> None:
+    """The kernel multiplies by a reciprocal instead, and corrects the product."""
+    values = every_bf16()
+    key, value = values.chunk(2)
+    mantissas = 1 + torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for scale in torch.ldexp(mantissas, torch.tensor(exponent)).float():
+        cache = write(ops, values.to(DEVICE), ops.KvScales(*[scale.to(DEVICE)] * 2))
+        expected = [reference.quantised(x, scale).view(-1, 1, 16, 64) for x in (key, value)]
+        assert same_bits(cache[:, :, :16].cpu(), torch.cat(expected, dim=-1))
+
+
 @pytest.mark.parametrize("key_scale", [0.0123, 1.0, 0.37])
 def test_stored_bits_are_those_of_vllms_own_write(key_scale: float) -> None:
     vllm_ops = pytest.importorskip("vllm._custom_ops")

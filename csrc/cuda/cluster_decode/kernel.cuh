@@ -111,7 +111,7 @@ class ClusterDecode : CacheScales<Stored> {
     if (!follows_write_kv_ && masses_.data == nullptr) wait_for_previous_kernel();
     query_.load(static_cast<const T*>(p_.query) + row_ * p_.query_row_stride +
                     head_ * p_.group_size * p_.query_head_stride,
-                p_.query_head_stride, p_.group_size);
+                p_.query_head_stride, p_.group_size, this->scales());
   }
 
   // Whether the cluster attends to its row alone.
@@ -538,7 +538,7 @@ class ClusterDecode : CacheScales<Stored> {
   // Attend to chosen pages rank, rank + ctas, ..., or to those of all pages in a dense row.
   // Positions count their tokens; only the last page can be partly filled.
   __device__ void attend() {
-    Attention attention(memory_.query, pitch(), this->of_logits(p_.scale), p_.soft_cap);
+    Attention attention(memory_.query, pitch(), p_.scale, p_.soft_cap);
     attention.reset();
     const int num_attended = min(num_pages_, budget_pages_) - num_taken_;
     const int num_ours = divisors_.ctas.quotient(num_attended - cta_.rank + cta_.ctas - 1);
@@ -575,12 +575,12 @@ class ClusterDecode : CacheScales<Stored> {
     }
 
     // Merge the results of warps, then of CTAs.
+    const float value_scale = this->of_values();  // arrives meanwhile
     wait_for_previous_kernel();
     merge_warps(attention);
     if (p_.counters != nullptr && head_ == 0 && cta_.rank == 0 && threadIdx.x == kThreads - 1) {
       count_row(p_.counters, p_.cache.num_kv_heads, num_pages_, budget_pages_);
     }
-    const float value_scale = this->of_values();
     cta_.wait_for(memory_.arrived.parts);
     // Release the next kernel only now: CTAs that start while this kernel's are running crowd on
     // few multiprocessors.
