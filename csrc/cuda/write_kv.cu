@@ -386,17 +386,27 @@ __global__ void __launch_bounds__(kThreads, kCtasPerMultiprocessor)
 
 using Kernel = void (*)(WriteKvParams, Partition, KvScales);
 
+// The kernel, for multiprocessors whose memory is shared memory and not L1, as cluster_decode needs
+// it: their CTAs run beside each other.
+template <typename T, typename Stored, ScoreKind kScore>
+Kernel kernel_of() {
+  constexpr Kernel kernel = write_kv_kernel<T, Stored, kScore>;
+  static const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  return error == cudaSuccess ? kernel : nullptr;
+}
+
 template <typename T, typename Stored>
 Kernel kernel_for(ScoreKind score) {
   switch (score) {
     case ScoreKind::kMinMax:
-      return write_kv_kernel<T, Stored, ScoreKind::kMinMax>;
+      return kernel_of<T, Stored, ScoreKind::kMinMax>();
     case ScoreKind::kMeanStd:
-      return write_kv_kernel<T, Stored, ScoreKind::kMeanStd>;
+      return kernel_of<T, Stored, ScoreKind::kMeanStd>();
     case ScoreKind::kMidDev:
-      return write_kv_kernel<T, Stored, ScoreKind::kMidDev>;
+      return kernel_of<T, Stored, ScoreKind::kMidDev>();
     case ScoreKind::kCodes:
-      if constexpr (!kIsFp8<Stored>) return write_kv_kernel<T, Stored, ScoreKind::kCodes>;
+      if constexpr (!kIsFp8<Stored>) return kernel_of<T, Stored, ScoreKind::kCodes>();
   }
   return nullptr;
 }

@@ -45,7 +45,9 @@ struct ClusterLauncher {
     return found;
   }
 
-  // One CTA per multiprocessor, with all stages, in clusters of up to 16 CTAs.
+  // One CTA per multiprocessor, with all stages, in clusters of up to 16 CTAs. A CTA of write_kv,
+  // whose only shared memory is what CUDA reserves, fits beside it: decode begins before the write
+  // ends.
   static const Limits& one_cta() {
     static const Limits found = find_limits(Layout::kMaxStages, 1, kMaxClusterCtas);
     return found;
@@ -57,7 +59,10 @@ struct ClusterLauncher {
 
   static Limits find_limits(int stages, int ctas_per_multiprocessor, int max_ctas) {
     Limits limits = {.stages = stages};
-    const int bytes = shared_memory_for(kernel, ctas_per_multiprocessor);
+    const int beside = ctas_per_multiprocessor == 1
+                           ? device_attribute(cudaDevAttrReservedSharedMemoryPerBlock)
+                           : 0;
+    const int bytes = shared_memory_for(kernel, ctas_per_multiprocessor) - beside;
     shared_memory_for(kernel, 1);  // Allow the kernel the most, whichever limits are found last.
     if (bytes < Layout::keys(stages) ||
         bytes < int{sizeof(typename Layout::Barriers)} + Split::shared_bytes(stages, kMaxRows)) {
