@@ -1,9 +1,12 @@
 """The command line as a newcomer sees it."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from engines import ON_GPU
@@ -49,6 +52,18 @@ def test_a_server_that_does_not_start_says_why():
     assert answer.returncode == 1
     assert "set --kv-cache-dtype bfloat16" in answer.stderr
     assert answer.stderr.endswith("The server did not start; its last lines are above.\n")
+
+
+def test_a_demo_that_is_ended_ends_its_server():
+    demo = subprocess.Popen([*COMMAND, "demo", "--context", "1024"], stdout=subprocess.PIPE)
+    assert demo.stdout is not None
+    while not demo.stdout.readline().startswith(b"Starting: "):
+        assert demo.poll() is None
+    while not (servers := psutil.Process(demo.pid).children()):
+        time.sleep(0.1)
+    demo.terminate()
+    assert demo.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(server.is_running() for server in servers)
 
 
 def test_the_table_compares_the_fastest_answers():

@@ -67,6 +67,8 @@ def run_demo(
     seed: int,
 ) -> int:
     """Serve with each score in turn, ask, print the table. Returns the exit status."""
+    # SIGTERM, which `timeout` sends, would else leave the server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
     haystack = make_haystack(context_tokens, num_facts, seed=seed)
     asked = haystack.facts[:: num_facts // num_questions][:num_questions]
@@ -191,7 +193,7 @@ def _server(score: Score, kv_cache_dtype: str) -> Iterator[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
         "--enforce-eager",
     ]
-    print("\nStarting: vllm serve", *command[4:])
+    print("\nStarting: vllm serve", *command[4:], flush=True)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
     with tempfile.NamedTemporaryFile("w+", prefix="vllm-quest-demo-", suffix=".log") as log:
         server = subprocess.Popen(

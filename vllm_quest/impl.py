@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_quest import kv_page, layout, ops
@@ -15,7 +14,7 @@ from vllm_quest.decode_plan import DecodePlan
 from vllm_quest.layers import is_full_attention
 from vllm_quest.metadata import QuestMetadata
 from vllm_quest.platforms import this_platform
-from vllm_quest.support import OTHER_BACKEND, sink_head_reasons
+from vllm_quest.support import FP8_CACHE_DTYPES, OTHER_BACKEND, sink_head_reasons
 
 NOT_USED = {"chunk_lookback": -1}
 """Values beside None by which a model says that a layer does without."""
@@ -114,7 +113,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.has_fp8_cache = is_quantized_kv_cache(kv_cache_dtype)  # others are refused
+        self.has_fp8_cache = kv_cache_dtype in FP8_CACHE_DTYPES
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.quest = QuestConfig.active()

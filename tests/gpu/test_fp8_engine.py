@@ -138,6 +138,8 @@ def test_a_covering_budget_is_more_exact_than_flash_attn_with_fp8(tmp_path, shap
 @pytest.mark.parametrize("which", ["key", "value"])
 def test_a_scale_left_out_is_seen(model, which):
     """The test above would fail."""
+    from vllm_quest import impl  # noqa: F401  (its annotations name the class that is replaced)
+
     real = ops.KvScales
 
     def one_left_out(key, value):
@@ -193,11 +195,17 @@ def test_graphs_change_no_token(model, runner, graphs):
 def test_prefix_caching_and_preemption_keep_bounds(model):
     """Blocks that are found again, and those of requests that were driven out and came back."""
     prompts = random_prompts([700, 690, 680, 670])
-    small = {"num_gpu_blocks_override": 16, "max_model_len": 1024, "enable_prefix_caching": True}
+    # 23 blocks hold two prompts of 11 blocks, and not their answers.
+    small = {
+        "num_gpu_blocks_override": 24,
+        "block_size": 64,
+        "max_model_len": 1024,
+        "enable_prefix_caching": True,
+    }
     with engine(model, quest=COVERING, **FP8, **small) as llm:
         crowded = answers(llm, prompts, greedy(60))
         assert counter(llm, "vllm:num_preemptions") > 0
-        again = answers(llm, prompts, greedy(60))
+        again = answers(llm, prompts[::-1], greedy(60))[::-1]  # the last ones' blocks are left
         assert counter(llm, "vllm:prefix_cache_hits") > 0
     with engine(model, quest=COVERING, **FP8, kv_cache_memory_bytes=2 << 30) as llm:
         alone = answers(llm, prompts, greedy(60))

@@ -165,7 +165,8 @@ def served(model: str, *options: str) -> tuple[int, dict[str, dict[str, float]]]
             )
             return completion.choices[0].message.content
 
-        budgets = [(2048, -1)[i % 2] for i in range(len(PROMPTS))]
+        # Engines that take turns get both budgets each.
+        budgets = [(2048, -1)[i // 2 % 2] for i in range(len(PROMPTS))]
         with ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(ask, PROMPTS, budgets))
         time.sleep(2 * LOOK_EVERY_S)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as vllm_ops
 from vllm.config import VllmConfig
-from vllm.utils.torch_utils import async_tensor_h2d, is_quantized_kv_cache
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 from vllm_quest import ops
 from vllm_quest.config import QuestConfig
 from vllm_quest.decode_plan import DecodePlan, Decodes
+from vllm_quest.support import FP8_CACHE_DTYPES
 
 SCORES_BYTES = 64 << 20
 """Room for one pass's scores; more rows take several passes, each of which fills any GPU."""
@@ -43,7 +44,7 @@ class DenseImpl(FlashAttentionImpl):
         query: Tensor,  # [num_tokens, num_heads, head_size]
         *arguments: Any,
     ) -> Tensor:
-        if is_quantized_kv_cache(self.kv_cache_dtype) and self.supports_quant_query_input:
+        if self.kv_cache_dtype in FP8_CACHE_DTYPES and self.supports_quant_query_input:
             rounded, _ = vllm_ops.scaled_fp8_quant(query.flatten(1), layer._q_scale)
             query = rounded.view(query.shape)
         attended: Tensor = super().forward(layer, query, *arguments)
