@@ -151,18 +151,6 @@ def scaling(*results: Result) -> Iterable[Cells]:
         }
 
 
-def first_tokens(result: Result) -> Iterable[Cells]:
-    """Of `offload.py`: the time to the first token by where the prompt's blocks are."""
-    for row in result["rows"]:
-        yield {
-            "backend": row["backend"],
-            "prompt (tokens)": in_k(row["context"]),
-            "prefilled (ms)": _ms(row["prefilled ms"]),
-            "from the GPU's cache (ms)": _ms(row["on the GPU ms"]),
-            "from host memory (ms)": _ms(row["on the host ms"]),
-        }
-
-
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
     """A number, or a dash where a case did not fit the GPU."""
     return "-" if value is None else text(value)
@@ -237,24 +225,6 @@ def in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
             "layer, QUEST, fp8 (µs)": _us(row["layer µs"]),
             "layer, QUEST, bf16 (µs)": _us(other["layer µs"]),
             "layer's speed-up, fp8": f"{row['layer ratio']:.1f}x",
-        }
-
-
-def served_in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
-    """Of `gpu_serving.py --random-kv`, with `--kv-cache-dtype fp8` and without, the same cases."""
-    for row, other in zip(fp8["rows"], bf16["rows"], strict=True):
-        yield {
-            "model": MODELS[row["model"]],
-            "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
-            "FLASH_ATTN, bf16 (ms)": _or_dash(other["FLASH_ATTN ms"], _ms),
-            "FLASH_ATTN, fp8 (ms)": _or_dash(row["FLASH_ATTN ms"], _ms),
-            "QUEST, bf16 (ms)": _or_dash(other["QUEST ms"], _ms),
-            "QUEST, fp8 (ms)": _or_dash(row["QUEST ms"], _ms),
-            "FLASH_ATTN, bf16 (tokens/s)": _or_dash(other["FLASH_ATTN tok/s"], "{:.0f}".format),
-            "FLASH_ATTN, fp8 (tokens/s)": _or_dash(row["FLASH_ATTN tok/s"], "{:.0f}".format),
-            "QUEST, bf16 (tokens/s)": _or_dash(other["QUEST tok/s"], "{:.0f}".format),
-            "QUEST, fp8 (tokens/s)": _or_dash(row["QUEST tok/s"], "{:.0f}".format),
-            "speed-up, fp8": _or_dash(row["speed"], "{:.2f}x".format),
         }
 
 
@@ -595,8 +565,7 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, scaling, first_tokens, layers, budgets, captures, coded),
-        *(in_fp8, served_in_fp8),
+        *(whole_models, scaling, layers, budgets, captures, coded, in_fp8),
         *(prefills, cpu_models, cpu_stages),
         *(accuracy, by_context, choices, smallest_budgets, countings, scores),
         *(page_scores, cache_dtypes),

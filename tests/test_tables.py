@@ -12,7 +12,6 @@ from benchmarks.tables import (
     RENDERERS,
     ROOT,
     accuracy,
-    first_tokens,
     markdown,
     render,
     scaling,
@@ -124,12 +123,6 @@ def test_a_case_that_did_not_fit_is_a_dash():
     assert [first["GPUs"], second["GPUs"]] == ["1", "4"]
     assert first["QUEST (ms)"] == first["attention, QUEST"] == "-"
     assert second["QUEST (ms)"] == "0.50" and second["attention, QUEST"] == "50%"
-
-
-def test_first_tokens_by_where_a_prompt_is():
-    times = {"prefilled ms": 3210.4, "on the GPU ms": 21.26, "on the host ms": 187.0}
-    (cells,) = first_tokens({"rows": [{"backend": "QUEST", "context": 65536} | times]})
-    assert [*cells.values()] == ["QUEST", "64K", "3210", "21.3", "187"]
 
 
 def test_markdown():
