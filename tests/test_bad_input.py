@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,7 +230,7 @@ def test_no_room_for_the_directory_costs_the_metrics_alone(monkeypatch):
 
     monkeypatch.setattr(metrics, "_made_here", None)
     monkeypatch.delenv(metrics.VLLM_DIRECTORY, raising=False)
-    monkeypatch.setattr(metrics.tempfile, "TemporaryDirectory", no_room)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", no_room)
     told = []
     monkeypatch.setattr(
         metrics.logger, "warning_once", lambda text, *more: told.append(text % more)

@@ -10,7 +10,6 @@ directory, registers a collector of it, and tells its children by an environment
 
 import contextlib
 import os
-import tempfile
 import uuid
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.logger import init_logger
 
 from vllm_quest.counters import Counts
+from vllm_quest.own_folder import OwnFolder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,7 +46,7 @@ UNPUBLISHED = "QUEST's counters will not be on /metrics"
 FILE_BYTES = 1 << 16
 """What `MmapedDict` makes of an empty file, and then maps."""
 
-_made_here: tempfile.TemporaryDirectory[str] | None = None
+_made_here: OwnFolder | None = None
 
 
 def expose() -> None:
@@ -57,7 +57,7 @@ def expose() -> None:
     if VLLM_DIRECTORY in os.environ or _made_here is not None:
         return
     try:
-        _made_here = tempfile.TemporaryDirectory(prefix="vllm-quest-metrics-")
+        _made_here = OwnFolder("vllm-quest-metrics-")
     except OSError as error:
         logger.warning_once("%s (%s): set TMPDIR to a folder with room", UNPUBLISHED, error)
         return

@@ -147,6 +147,7 @@ def check_kill(server: Server, told: argparse.Namespace) -> dict[str, Any]:
     metrics = server.metrics()
     assert metrics["vllm:prompt_tokens_total"] == 700
     assert metrics["vllm:quest_sparse_rows_total"] <= 5 * LAYERS * KV_HEADS
+    assert len(server.metrics_folders()) == 1
     return {"left_behind": left, "started_again_in_s": round(started, 1)}
 
 
@@ -204,8 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         "samples": samples,
     }
     told.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
     if told.plot is not None:
         total = tally.finished + tally.cut + tally.refused
         plot(samples, told.plot, f"{total} requests, {len(tally.lost)} lost")
-    print(json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1))
     return int(bool(wrong))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class Server:
     options: list[str] = field(default_factory=list)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    temporary: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="soak-")
+    )
+    """What the server takes for the system's temporary folder."""
 
     @property
     def url(self) -> str:
@@ -54,6 +59,7 @@ class Server:
         command += ["--port", str(self.port), *self.options]
         begun = time.monotonic()
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+        environment["TMPDIR"] = self.temporary.name
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log, stderr=subprocess.STDOUT
         )
@@ -75,6 +81,10 @@ class Server:
         assert self.process is not None
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
+
+    def metrics_folders(self) -> list[str]:
+        """Folders for its metrics, which one that is killed leaves to the next."""
+        return [path.name for path in Path(self.temporary.name).glob("vllm-quest-metrics-*")]
 
     def rss_mib(self) -> float:
         """Resident memory of all its processes."""
