@@ -1,25 +1,27 @@
 """The reference for many rows at once: what `vllm_quest/reference.py` says, without its loops.
 
 For the fuzzer, which compares every decode row of a running engine. `tests/test_fuzz.py` holds it
-to the reference. Everything is in fp64 once loaded; tensors and dimension names: see `ops.py`.
+to the reference. Everything is in fp64 once loaded, and on the cache's own device; tensors and
+dimension names: see `ops.py`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from batch import FP32_ROUNDOFF, UNIT_ROUNDOFF, largest
+from batch import FP8, FP32_ROUNDOFF, UNIT_ROUNDOFF, largest
 from vllm_quest import layout, ops, reference
 from vllm_quest.config import GROUP_TOKENS, Score
 
 DTYPE = torch.float64
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks that some rows read, once each, on the host."""
+    """The blocks that some rows read, once each."""
 
     cache: Tensor  # [num_blocks, num_kv_heads, block_rows, 2 * head_size], dtype of the cache
     numbers: Tensor  # [num_blocks] int64: where they are in the engine's cache, ascending
@@ -27,20 +29,32 @@ class Blocks:
     seq_lens: Tensor  # [num_rows] int64
     page_size: int
     score: Score
+    scales: ops.KvScales | None = None  # of an fp8 cache
 
     @classmethod
-    def of(cls, kv_cache: Tensor, rows: ops.Rows, page_size: int, score: Score) -> "Blocks":
+    def of(
+        cls,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        page_size: int,
+        score: Score,
+        scales: ops.KvScales | None = None,
+    ) -> "Blocks":
         """Gather them from an engine's cache."""
         block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
-        seq_lens = rows.seq_lens.cpu().long()
+        seq_lens = rows.seq_lens.long()
         num_blocks = -(-seq_lens // block_tokens)
         width = max(1, int(num_blocks.max()))
-        is_read = torch.arange(width) < num_blocks[:, None]
-        table = rows.block_table[:, :width].cpu().long()
+        is_read = torch.arange(width, device=kv_cache.device) < num_blocks[:, None]
+        table = rows.block_table[:, :width].long()
         numbers = torch.unique(table[is_read])
         table = torch.searchsorted(numbers, table).where(is_read, 0)
-        cache = kv_cache[numbers.to(kv_cache.device)].cpu()
-        return cls(cache, numbers, table, seq_lens, page_size, score)
+        cache = gathered(kv_cache, numbers)
+        return cls(cache, numbers, table, seq_lens, page_size, score, scales)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
 
     @property
     def block_tokens(self) -> int:
@@ -61,25 +75,58 @@ class Blocks:
 
     def tokens_filled(self, filled: dict[int, int]) -> Tensor:
         """`[num_blocks]` int64: tokens that hold keys, by the block's number in the engine."""
-        return torch.tensor([filled[number] for number in self.numbers.tolist()])
+        tokens = [filled[number] for number in self.numbers.tolist()]
+        return torch.tensor(tokens, device=self.device)
+
+    def part(self, rows: Tensor) -> "Blocks":
+        """The same blocks for some of the rows, `[num_rows]` int64."""
+        return replace(self, table=self.table[rows], seq_lens=self.seq_lens[rows])
+
+    def pages(self) -> Tensor:
+        """`[max_pages]` int64: their numbers."""
+        return torch.arange(self.max_pages, device=self.device)
 
     def keys(self) -> Tensor:
-        """`[num_blocks, num_kv_heads, block_tokens, head_size]`, a view."""
-        return self.cache[:, :, : self.block_tokens, : self.cache.shape[3] // 2]
+        """`[num_blocks, num_kv_heads, block_tokens, head_size]`, as they are stored."""
+        return exact(self.cache[:, :, : self.block_tokens, : self.cache.shape[3] // 2])
+
+
+def bits(values: Tensor) -> Tensor:
+    """The same elements as integers, a view."""
+    return values.view(BITS[values.element_size()])
+
+
+def gathered(kv_cache: Tensor, numbers: Tensor) -> Tensor:
+    """Some blocks of a cache of any dtype, a copy."""
+    return bits(kv_cache)[numbers].view(kv_cache.dtype)
+
+
+def exact(values: Tensor) -> Tensor:
+    """fp8 as fp32, which PyTorch can compute with; the rest as it is."""
+    return values.float() if values.dtype == FP8 else values
 
 
 def bounds(blocks: Blocks, filled: Tensor) -> Tensor:
     """The bounds that blocks should have over their first `filled` tokens, where there are any.
 
-    `[num_blocks, num_kv_heads, block_pages, 2 * head_size]`, of the cache's dtype; NaN in pages
-    that hold nothing.
+    `[num_blocks, num_kv_heads, block_pages, 2 * head_size]`, numbers of the cache's dtype, see
+    `exact`; NaN in pages that hold nothing.
     """
     page_size, keys = blocks.page_size, blocks.keys()
     keys = keys.unflatten(2, (-1, page_size))  # [blocks, heads, pages, page_size, head_size]
-    token = torch.arange(blocks.block_tokens).view(1, 1, -1, page_size, 1)
+    token = torch.arange(blocks.block_tokens, device=blocks.device).view(1, 1, -1, page_size, 1)
     is_filled = token < filled.view(-1, 1, 1, 1, 1)
-    low = keys.masked_fill(~is_filled, torch.inf).amin(3)
-    high = keys.masked_fill(~is_filled, -torch.inf).amax(3)
+    low, high = keys.amin(3), keys.amax(3)
+    # Of each block, the page that is filled in part, if any, has garbage behind.
+    block = torch.arange(len(filled), device=blocks.device)
+    page = (filled // page_size).clamp(max=keys.shape[2] - 1)
+    last = keys[block, :, page]  # [blocks, heads, page_size, head_size]
+    is_last_filled = is_filled[block, :, page]
+    is_partly = (filled % page_size > 0).view(-1, 1, 1)
+    low_of_last = last.masked_fill(~is_last_filled, torch.inf).amin(2)
+    high_of_last = last.masked_fill(~is_last_filled, -torch.inf).amax(2)
+    low[block, :, page] = low_of_last.where(is_partly, low[block, :, page])
+    high[block, :, page] = high_of_last.where(is_partly, high[block, :, page])
     if blocks.score != "minmax":
         keys, count = keys.to(DTYPE), is_filled.sum(3).clamp(min=1)
         if blocks.score == "mean_std":
@@ -89,7 +136,10 @@ def bounds(blocks: Blocks, filled: Tensor) -> Tensor:
         else:
             center = (low.to(DTYPE) + high.to(DTYPE)) / 2
             spread = (keys - center.unsqueeze(3)).abs().where(is_filled, 0.0).sum(3) / count
-        low, high = (side.to(blocks.cache.dtype) for side in (center - spread, center + spread))
+        low, high = (
+            exact(reference.to_dtype(side, blocks.cache.dtype))
+            for side in (center - spread, center + spread)
+        )
     both = torch.cat([low, high], dim=-1)
     return both.masked_fill(~is_filled[:, :, :, :1, 0], torch.nan)
 
@@ -120,9 +170,9 @@ def group_keys(blocks: Blocks) -> Tensor:
 
 def codes_differ(blocks: Blocks, filled: Tensor) -> Tensor:
     """`[num_groups]` bool: full groups whose codes or scales are not those of their keys."""
-    starts = torch.arange(0, blocks.block_tokens, GROUP_TOKENS)
+    starts = torch.arange(0, blocks.block_tokens, GROUP_TOKENS, device=blocks.device)
     is_full = (filled[:, None] >= starts + GROUP_TOKENS).flatten()
-    differ = torch.zeros(len(is_full), dtype=torch.bool)
+    differ = torch.zeros_like(is_full)
     if not is_full.any():
         return differ
     keys = group_keys(blocks)[is_full]
@@ -138,7 +188,7 @@ def codes_differ(blocks: Blocks, filled: Tensor) -> Tensor:
 
 def by_kv_head(query: Tensor, num_kv_heads: int) -> Tensor:
     """`[num_rows, num_kv_heads, group_size, head_size]` fp64."""
-    return query.cpu().to(DTYPE).unflatten(1, (num_kv_heads, -1))
+    return query.to(DTYPE).unflatten(1, (num_kv_heads, -1))
 
 
 def score(query: Tensor, blocks: Blocks) -> Tensor:
@@ -160,7 +210,7 @@ def score_codes(query: Tensor, blocks: Blocks, *, scale: float, soft_cap: float)
     coded = coded.transpose(1, 2).flatten(2, 3)  # [blocks, heads, block_tokens, head_size]
     keys = _of_rows(blocks, coded)
     exact = _of_rows(blocks, blocks.keys().to(DTYPE))
-    token = torch.arange(keys.shape[2])
+    token = torch.arange(keys.shape[2], device=blocks.device)
     tokens_coded = blocks.seq_lens // GROUP_TOKENS * GROUP_TOKENS
     keys = keys.where((token < tokens_coded[:, None]).view(-1, 1, len(token), 1), exact)
     q = by_kv_head(query, blocks.cache.shape[1])
@@ -170,7 +220,7 @@ def score_codes(query: Tensor, blocks: Blocks, *, scale: float, soft_cap: float)
     mass = torch.logsumexp(logits.unflatten(-1, (-1, blocks.page_size)), -1) / math.log(2)
     total = torch.logsumexp(mass * math.log(2), -1, keepdim=True) / math.log(2)
     scores = (mass - total).amax(2)[:, :, : blocks.max_pages]
-    page = torch.arange(scores.shape[2])
+    page = blocks.pages()
     is_coded = page < (tokens_coded // blocks.page_size)[:, None]
     return scores.where(is_coded.unsqueeze(1), 2.0**102 * (2.0**23 + page))
 
@@ -196,8 +246,8 @@ def select(
         `[num_rows, num_kv_heads, max_pages]` bool, and `[num_rows]`: the smallest lead, of any KV
         head, of the lowest score chosen over the highest that was not; infinite where no choice is.
     """
-    num_pages, budget = blocks.num_pages[:, None, None], budget_pages.cpu().long()[:, None, None]
-    page = torch.arange(blocks.max_pages)
+    num_pages, budget = blocks.num_pages[:, None, None], budget_pages.long()[:, None, None]
+    page = blocks.pages()
     num_newest = (budget * keep_newest // 100).clamp(min=1)
     num_first = (budget - num_newest).clamp(max=keep_first)
     is_kept = (page < num_first) | (page >= num_pages - num_newest)
@@ -224,43 +274,49 @@ def attention(
 
     Both `[num_rows, num_heads, head_size]` fp64. The error is `batch.decode_error`'s, with what
     each row and head has in place of the largest query, key and value of all: a logit's products
-    sum to Σ |q_d k_d| at most.
+    sum to Σ |q_d k_d| at most. The GPU's matrix unit truncates their sums, at two roundings each.
 
     Args:
         query: `[num_rows, num_heads, head_size]`.
         blocks: of the rows.
-        is_attended: `[num_rows, num_kv_heads, max_pages]` bool.
+        is_attended: `[num_rows, num_kv_heads, >= max_pages]` bool.
         scale: factor of q·k.
         soft_cap: see `ops.sparse_decode`.
         sinks: `[num_heads]`, see `ops.sparse_decode`.
     """
     _, num_kv_heads, _, width = blocks.cache.shape
     pages_in_cache = blocks.cache[:, :, : blocks.block_tokens]
-    pages_in_cache = pages_in_cache.reshape(-1, blocks.page_size, width)
-    is_attended = is_attended & (torch.arange(blocks.max_pages) < blocks.num_pages[:, None, None])
+    pages_in_cache = exact(pages_in_cache).reshape(-1, blocks.page_size, width)
+    is_attended = is_attended[..., : blocks.max_pages] & (
+        blocks.pages() < blocks.num_pages[:, None, None]
+    )
     count = is_attended.sum(-1)  # [rows, heads]
     # The pages of each row and head, those attended first.
-    pages = torch.sort(~is_attended, dim=-1, stable=True).indices[..., : max(1, int(count.max()))]
-    row = torch.arange(len(pages)).view(-1, 1, 1)
-    head = torch.arange(num_kv_heads).view(1, -1, 1)
+    order = torch.sort((~is_attended).byte(), dim=-1, stable=True).indices
+    pages = order[..., : max(1, int(count.max()))]
+    row = torch.arange(len(pages), device=blocks.device).view(-1, 1, 1)
+    head = torch.arange(num_kv_heads, device=blocks.device).view(1, -1, 1)
     block = blocks.table[row, pages // blocks.block_pages]
     place = (block * num_kv_heads + head) * blocks.block_pages + pages % blocks.block_pages
-    keys_values = pages_in_cache[place].to(DTYPE)  # [rows, heads, pages, page_size, 2 * head_size]
-    token = pages.unsqueeze(-1) * blocks.page_size + torch.arange(blocks.page_size)
+    keys_values = pages_in_cache[place]  # [rows, heads, pages, page_size, 2 * head_size]
+    keys_values = reference.unscaled(keys_values, blocks.scales)
+    place_in_page = torch.arange(blocks.page_size, device=blocks.device)
+    token = pages.unsqueeze(-1) * blocks.page_size + place_in_page
     is_seen = token < blocks.seq_lens.view(-1, 1, 1, 1)
-    is_seen &= (torch.arange(pages.shape[-1]) < count.unsqueeze(-1)).unsqueeze(-1)
+    is_seen &= (blocks.pages()[: pages.shape[-1]] < count.unsqueeze(-1)).unsqueeze(-1)
     is_seen = is_seen.flatten(2)  # [rows, heads, tokens]
     keys_values = keys_values.flatten(2, 3).masked_fill(~is_seen.unsqueeze(-1), 0.0)
     key, value = keys_values.chunk(2, dim=-1)
     logits = by_kv_head(query, num_kv_heads) @ key.transpose(2, 3) * scale
     logits = reference.capped(logits, soft_cap).masked_fill(~is_seen.unsqueeze(2), -torch.inf)
     if sinks is not None:
-        of_heads = sinks.detach().cpu().to(DTYPE).view(1, num_kv_heads, -1, 1)
+        of_heads = sinks.detach().to(DTYPE).view(1, num_kv_heads, -1, 1)
         logits = torch.cat([logits, of_heads.expand(*logits.shape[:3], 1)], dim=-1)
         value = torch.cat([value, torch.zeros_like(value[:, :, :1])], dim=2)
     out = torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value  # a row of length 0 sees nothing
     size = (by_kv_head(query, num_kv_heads).abs() @ key.abs().transpose(2, 3)).amax(-1) * scale
-    logit_error = (key.shape[-1] + 8) * FP32_ROUNDOFF * (size + soft_cap)
+    logit_roundings = (2 if query.is_cuda else 1) * key.shape[-1] + 8
+    logit_error = logit_roundings * FP32_ROUNDOFF * (size + soft_cap)
     if sinks is not None:
         logit_error += 8 * FP32_ROUNDOFF * largest(sinks.nan_to_num(neginf=0.0))
     roundings = 2 * blocks.seq_lens.view(-1, 1, 1) + 8
@@ -270,8 +326,8 @@ def attention(
     if query.dtype == torch.float16:
         error += 2.0**-24
     if query.is_cuda:
-        # Its kernels round weights to the cache's dtype before they multiply values
-        # (csrc/cuda/attention.cuh, `weigh`).
+        # Its kernels round weights to the model's dtype, with fp8 caches to fp16, before they
+        # multiply values (csrc/cuda/attention.cuh, `weigh`).
         u = UNIT_ROUNDOFF[query.dtype]
         error = (1 + u) * (
             error + u * (torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value.abs())

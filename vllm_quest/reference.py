@@ -196,7 +196,7 @@ def pack(codes: Tensor) -> Tensor:
     Channel 16 w + 4 j + b goes to bits 8 b + 2 j and the next of word w.
     """
     num_kv_heads, num_tokens, head_size = codes.shape
-    words = torch.zeros(num_kv_heads, head_size // 16, num_tokens, dtype=torch.int64)
+    words = codes.new_zeros(num_kv_heads, head_size // 16, num_tokens, dtype=torch.int64)
     for channel in range(head_size):
         word, (j, b) = channel // 16, divmod(channel % 16, 4)
         words[:, word] |= codes[:, :, channel].long() << (8 * b + 2 * j)
@@ -206,7 +206,7 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(words: Tensor) -> Tensor:
     """The codes that `pack` packed."""
     num_kv_heads, num_words, num_tokens = words.shape
-    codes = torch.zeros(num_kv_heads, num_tokens, 16 * num_words, dtype=torch.int32)
+    codes = words.new_zeros(num_kv_heads, num_tokens, 16 * num_words, dtype=torch.int32)
     for channel in range(16 * num_words):
         word, (j, b) = channel // 16, divmod(channel % 16, 4)
         codes[:, :, channel] = (words[:, word] >> (8 * b + 2 * j)) & 3
