@@ -10,14 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.utils import cpu_triton_utils
+from vllm.v1.sample import rejection_sampler
 
 import batched_reference
-from batch import SINKS, Batch, Shape, decode_error, make_batch
+from batch import FP8, SINKS, Batch, Shape, decode_error, make_batch
 from batched_reference import Blocks
 from engines import ON_GPU
 from fuzz import checker
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
 from fuzz.draw import draw_engine, draw_wave
+from fuzz.graphs import tapped
+from fuzz.mended import mended
 from fuzz.run import run_wave, running
 from fuzz.shrink import shrink
 from vllm_quest import ops, reference
@@ -36,6 +42,8 @@ def batches() -> list[Batch]:
         Shape(head_size=96, page_size=64, score="mid_dev", dtype=torch.float32),
         Shape(head_size=64, pages_per_block=16, score="codes"),
         Shape(head_size=64, page_size=64, pages_per_block=2, score="codes", dtype=torch.float32),
+        Shape(head_size=64, pages_per_block=4, cache=FP8),
+        Shape(head_size=64, pages_per_block=2, cache=FP8, score="mid_dev"),
     ]
     budgets = [3, 1, 5, 2, 4, 3, 100, 6, 7, 1, 9]
     made = []
@@ -53,7 +61,7 @@ def test_the_batched_reference_is_the_reference(batch):
     expected = batch.fresh()
     expected = replace(expected, out=expected.out.double(), scores=expected.scores.double())
     expected.run(reference)
-    blocks = Blocks.of(batch.kv_cache, batch.rows, shape.page_size, shape.score)
+    blocks = Blocks.of(batch.kv_cache, batch.rows, shape.page_size, shape.score, batch.scales)
     if shape.score == "codes":
         logits = {"scale": batch.scale, "soft_cap": batch.soft_cap}
         scores = batched_reference.score_codes(batch.query, blocks, **logits)
@@ -87,6 +95,8 @@ def test_the_batched_reference_is_the_reference(batch):
     )
     torch.testing.assert_close(out, expected.out, rtol=1e-12, atol=1e-12)
     assert (error <= decode_error(batch, expected.out)).all()
+    if shape.cache == FP8:
+        return  # whose operators run on GPUs: tests/gpu/test_fuzz_on_gpu.py
     found = batch.fresh().run()
     same = (found.pages == expected.pages).flatten(1).all(1)
     assert same.sum() >= len(LENGTHS) - 1  # but for a near tie
@@ -107,13 +117,14 @@ def test_what_is_stored_beside_keys_is_told_from_other_bytes(batch):
         if shape.score == "codes":
             return batched_reference.codes_differ(blocks, filled)
         expected = batched_reference.bounds(blocks, filled)
-        found = batched_reference.stored_bounds(blocks)
+        found = batched_reference.exact(batched_reference.stored_bounds(blocks))
         close = torch.isclose(found, expected, rtol=1e-2 if shape.score != "minmax" else 0, atol=0)
         return ~close & ~expected.isnan()
 
     assert not differ().any()
     full = int(filled.argmax())
-    blocks.cache[full, 0, 5, 3] += 8.0  # a key that leaves its page's bounds, or changes its codes
+    key = blocks.cache[full, 0, 5, 3]
+    key.copy_(key.float() + 8.0)  # a key that leaves its page's bounds, or changes its codes
     assert differ().any()
 
 
@@ -164,8 +175,12 @@ def all_settled(decodes_seq, *_):
     decodes_seq[1][:] = False
 
 
-def stale_bounds(_, key, value, kv_cache, slots, *, page_size, score):
+def stale_bounds(_, key, value, kv_cache, slots, **named):
     kv_cache[slots.max() // 32, :, 32] += 1.0
+
+
+def a_key_off(_, key, value, kv_cache, slots, **named):
+    kv_cache[slots[:1] // 32, 0, slots[:1] % 32, 0] += 1
 
 
 def a_neighbour(_, scores, rows, pages, **named):
@@ -213,6 +228,42 @@ def test_a_planted_fault_is_seen(llm, what):
             stack.enter_context(patch)
         # 129 tokens in chunks of 128: the end of a prompt is one token.
         faults = run_wave(llm, small_wave(), 512).faults
+    assert any(words in fault for fault in faults), faults
+
+
+@pytest.fixture
+def out_of_sight(llm):
+    """Every step is taken for one that a CUDA graph ran, as far as no GPU is needed for that."""
+
+    def unseen(checker, real, layer, *arguments, **named):
+        return real(layer, *arguments, **named)
+
+    captures = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True)
+    forward = mock.patch.object(checker.Checker, "forward", unseen)
+    with tapped(), captures, forward, mock.patch.multiple(ops, **checker.REAL):
+        run_wave(llm, small_wave(), 512)  # makes the taps, as engines do before they serve
+        yield llm
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_fuzz_on_gpu.py has graphs")
+def test_steps_out_of_sight_are_checked(out_of_sight):
+    found = run_wave(out_of_sight, small_wave(), 512)
+    assert found.faults == []
+    assert found.totals.rows_in_graphs == found.totals.rows > found.totals.sparse_rows > 0
+
+
+@pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_fuzz_on_gpu.py has graphs")
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("sparse_decode", off_by_little, "output is off"),
+        ("sparse_decode", one_row_more, "a graph's counters"),
+        ("write_kv", a_key_off, "other keys"),
+    ],
+)
+def test_a_fault_out_of_sight_is_seen(out_of_sight, name, damage, words):
+    with mock.patch.object(ops, name, later(getattr(ops, name), damage)):
+        faults = run_wave(out_of_sight, small_wave(), 512).faults
     assert any(words in fault for fault in faults), faults
 
 
@@ -268,3 +319,24 @@ def test_a_fixed_half_minute(tmp_path):
     result = json.loads(totals.read_text())
     assert result["engines_with_faults"] == 0
     assert result["sparse_rows"] > 100
+
+
+@pytest.mark.skipif(ON_GPU, reason="faults of vLLM on CPUs")
+def test_what_is_mended_in_vllm_is_wrong_there():
+    """When this fails, a newer vLLM needs no `fuzz.mended`."""
+    rope = {"max_position": 64, "rope_parameters": {"rope_theta": 1e4}, "dtype": torch.float32}
+    with set_current_vllm_config(VllmConfig()):
+        rotary = get_rope(64, **rope)
+    positions, query = torch.arange(40), torch.randn(40, 4, 64)
+    right = rotary.forward_native(positions, query.clone(), query.clone())[0]
+    found = rotary.forward_cpu(positions, query.clone(), query.clone())[0]
+    assert not torch.allclose(found, right, atol=1e-5)
+    temperatures, ends = torch.tensor([0.0, 0.75]), torch.tensor([2, 5], dtype=torch.int32)
+    untouched = torch.full((5,), -1.0)
+    cpu_triton_utils._expand_kernel_impl(untouched, temperatures, ends, 0, 1)
+    assert (untouched == -1).all()
+    with mended():
+        found = rotary.forward_cpu(positions, query.clone(), query.clone())[0]
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+        tokens = rejection_sampler.expand_batch_to_tokens(temperatures, ends, 5, 0, 1)
+        assert tokens.tolist() == [1.0, 1.0, 0.75, 0.75, 0.75]

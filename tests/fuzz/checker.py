@@ -5,8 +5,8 @@ that the scheduler told of the request (`ledger`), the bounds of its pages those
 them, its pages the best by their scores, its output within the derived tolerance, and the counters
 exact. Faults are kept, not raised, so that an engine can go on and say all of them.
 
-CUDA graphs replay operators out of sight: of such steps lengths, budgets, blocks and slots are
-checked, and what they stored is when a later step reads it without a graph.
+CUDA graphs run operators out of sight, but keep what layers were given and gave (`graphs`): of
+such steps all is checked once they have ended.
 """
 
 import contextlib
@@ -27,15 +27,21 @@ from batch import (
     score_error,
 )
 from batched_reference import Blocks
-from vllm_quest import ops, reference
-from vllm_quest.config import GROUP_TOKENS, QuestConfig
+from vllm_quest import layout, ops, reference
+from vllm_quest.config import QuestConfig
 from vllm_quest.impl import QuestImpl
 from vllm_quest.layers import is_full_attention
 from vllm_quest.metadata import QuestMetadata, QuestMetadataBuilder
+from vllm_quest.monitor import Monitor
 
+from .graphs import TAPS
 from .ledger import Ledger, budget_pages
+from .writes import Write, missing_keys
 
 MAX_FAULTS = 20
+ROOM_NUMBERS = 1 << 26
+"""Keys and values that are compared at a time: some copies of them in fp64 take GiBs."""
+ROWS_AT_ONCE = {"cpu": 16, "cuda": 128}
 
 REAL = {
     name: getattr(ops, name)
@@ -64,7 +70,19 @@ class Attended(NamedTuple):
     scale: float
     soft_cap: float
     sinks: Tensor | None
+    scales: ops.KvScales | None
     block_tokens: int
+
+
+class Step(NamedTuple):
+    """A layer's part in a step, as the plan and the requests have it."""
+
+    rows: list[Row]
+    filled: dict[int, int]
+    """Tokens that each block of the step's requests holds, this step's own included."""
+
+    num_tokens: int
+    metadata: QuestMetadata
 
 
 @dataclass
@@ -81,7 +99,7 @@ class Totals:
     """Rows of a draft head's layers, which no request is known for."""
 
     rows_in_graphs: int = 0
-    """Rows whose operators a CUDA graph ran, out of sight; their plans were checked."""
+    """Of all rows, those whose operators a CUDA graph ran."""
 
     pages: int = 0
     """Pages of sparse rows, chosen among by each KV head."""
@@ -113,9 +131,14 @@ class Checker:
     layer: str = ""
     cursor: int = 0
     seen: set[str] = field(default_factory=set)  # layers of this step
-    rows: dict[str, list[Row]] = field(default_factory=dict)  # by layer
-    filled: dict[str, dict[int, int]] = field(default_factory=dict)
-    scored: tuple[Tensor, int] | None = None
+    planned: dict[str, Step] = field(default_factory=dict)  # by layer
+    scored: Tensor | None = None
+
+    @functools.cached_property
+    def own_layers(self) -> set[str]:
+        """The model's layers, without those of a draft head."""
+        modules = self.runner.get_model().modules()
+        return {module.layer_name for module in modules if is_full_attention(module)}
 
     def fault(self, what: str) -> None:
         """Keep a fault; the first ones say it all."""
@@ -129,15 +152,59 @@ class Checker:
         self.ledger.update(scheduled)
         self.totals.steps += 1
         self.in_step, self.layers, self.order = True, 0, None
-        self.rows.clear()
+        self.planned.clear()
         self.seen.clear()
-        self.filled.clear()
+        before = self.counts()
         try:
-            return execute(scheduled, *rest, **named)
+            result = execute(scheduled, *rest, **named)
+            if self.planned.keys() - self.seen:
+                with torch.inference_mode():
+                    self.check_graph(self.counts() - before)
+            return result
         finally:
             self.in_step, self.layer = False, ""
-            hidden = self.rows.keys() - self.seen
-            self.totals.rows_in_graphs += sum(len(self.rows[layer]) for layer in hidden)
+
+    def counts(self) -> Tensor:
+        """The engine's counters, `[5]` int64 on the host; zeros where there are no graphs."""
+        monitor = Monitor.existing(self.runner.vllm_config) if TAPS else None
+        return torch.tensor([0] * 5 if monitor is None else monitor.counts().values())
+
+    def check_graph(self, counted: Tensor) -> None:
+        """All layers of a step that a CUDA graph ran, from what it kept of them."""
+        if self.seen:
+            self.fault(f"a graph ran some layers, and not {self.seen}")
+        expected = torch.zeros_like(counted)
+        for number, name in enumerate(name for name in TAPS if name in self.planned):
+            self.layers, self.layer, self.cursor = number, name, 0
+            step, tap = self.planned[name], TAPS[name]
+            plan, num_rows = step.metadata.decode, len(step.rows)
+            if tap.impl.has_own_cache:
+                slots = step.metadata.slot_mapping[: step.num_tokens]
+                key, value = tap.key[: step.num_tokens], tap.value[: step.num_tokens]
+                if missing_keys(self.written(tap.typed_cache, slots, tap.scales), key, value):
+                    self.fault("a graph stored other keys or values than it was given")
+            self.seen.add(name)
+            if plan is None or not num_rows:
+                continue
+            is_dense = name in step.metadata.dense_layers
+            rows, query = plan.dense_rows if is_dense else plan.rows, tap.query[:num_rows]
+            options = {
+                "page_size": self.quest.page_size,
+                "score": self.quest.score,
+                "scale": tap.impl.scale,
+                "soft_cap": tap.impl.soft_cap,
+                "sinks": tap.impl.sinks,
+                "scales": tap.scales,
+            }
+            pages = self.choose(query, tap.typed_cache, rows[:num_rows], **options)
+            out = tap.out[:num_rows]
+            expected += self.check(query, tap.typed_cache, rows[:num_rows], pages, out, **options)
+            self.scored = None
+            self.totals.rows_in_graphs += num_rows
+        if left := self.planned.keys() - self.seen:
+            self.fault(f"graphs kept nothing of {sorted(left)}")
+        if counted.tolist() != expected.tolist():
+            self.fault(f"a graph's counters grew by {counted.tolist()}, not {expected.tolist()}")
 
     def batch_order(self) -> list[str]:
         """The requests of the step, as the queries lie in the batch."""
@@ -196,8 +263,8 @@ class Checker:
             if metadata.decode.beside_write:
                 self.check_settled(group, rows, plan.budget_pages.tolist(), block_tokens)
         filled = self.ledger.filled(group, block_tokens)
-        for layer in builder.layer_names:
-            self.rows[layer], self.filled[layer] = rows, filled
+        for layer in self.own_layers.intersection(builder.layer_names):
+            self.planned[layer] = Step(rows, filled, len(slots), metadata)
 
     def compare_rows(self, found: ops.Rows, rows: list[Row], *, is_dense: bool = False) -> None:
         """Lengths, budgets and blocks."""
@@ -266,8 +333,8 @@ class Checker:
         self.layer, self.cursor = layer.layer_name, 0
         self.seen.add(self.layer)
         out = real(layer, *args, **named)
-        if layer.layer_name in self.rows:
-            rows = self.rows[layer.layer_name]
+        if layer.layer_name in self.planned:
+            rows = self.planned[layer.layer_name].rows
             if self.cursor != len(rows):
                 self.fault(f"{self.cursor} rows were decoded of {len(rows)}")
         self.layers += 1
@@ -276,14 +343,18 @@ class Checker:
 
     def take_rows(self, found: ops.Rows) -> list[Row] | None:
         """The requests' rows for a call of an operator; None in layers of a draft head."""
-        if self.layer not in self.rows:
+        if self.layer not in self.planned:
             return None
-        rows = self.rows[self.layer][self.cursor : self.cursor + len(found)]
+        rows = self.planned[self.layer].rows[self.cursor : self.cursor + len(found)]
         self.cursor += len(found)
         self.compare_rows(found, rows, is_dense=self.layers < self.quest.dense_layers)
         return rows
 
     # ---- operators
+
+    def written(self, kv_cache: Tensor, slots: Tensor, scales: ops.KvScales | None) -> Write:
+        """What a call of `write_kv` stores, and where."""
+        return Write(kv_cache, slots, self.quest.page_size, self.quest.score, scales)
 
     def write_kv(
         self,
@@ -292,55 +363,21 @@ class Checker:
         kv_cache: Tensor,
         slots: Tensor,
         *,
-        page_size: int,
-        score: Any,
+        scales: ops.KvScales | None = None,
+        **options: Any,
     ) -> None:
-        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
-        on_host = slots.cpu()[: len(key)]
-        is_real = on_host >= 0
-        written = on_host[is_real]
-        numbers, place = torch.unique(written // block_tokens, return_inverse=True)
-        expected = kv_cache[numbers.to(kv_cache.device)].cpu()
-        REAL["write_kv"](key, value, kv_cache, slots, page_size=page_size, score=score)
-        found = kv_cache[numbers.to(kv_cache.device)].cpu()
-        keys_values = torch.cat([key, value], dim=-1).cpu()[: len(on_host)][is_real]
-        expected[place, :, written % block_tokens] = keys_values
+        write = self.written(kv_cache, slots[: len(key)], scales)
+        before = write.blocks()
+        REAL["write_kv"](key, value, kv_cache, slots, scales=scales, **options)
         self.totals.writes += 1
-        table = torch.zeros(1, 1, dtype=torch.int64)
-        blocks = Blocks(expected, numbers, table, table[0], page_size, score)
-        filled = torch.zeros(len(numbers), dtype=torch.int64)
-        filled.scatter_reduce_(0, place, written % block_tokens + 1, "amax")
-        if score == "codes":
-            ends = torch.zeros(len(numbers), block_tokens // GROUP_TOKENS, dtype=torch.bool)
-            is_end = written % GROUP_TOKENS == GROUP_TOKENS - 1
-            ends[place[is_end], written[is_end] % block_tokens // GROUP_TOKENS] = True
-            codes = expected[:, :, block_tokens:].unflatten(2, (ends.shape[1], -1))
-            found_codes = found[:, :, block_tokens:].unflatten(2, (ends.shape[1], -1))
-            block, group = ends.nonzero(as_tuple=True)
-            codes[block, :, group] = found_codes[block, :, group]
-            differ = batched_reference.codes_differ(blocks, filled)
-            if (differ & ends.flatten()).any():
-                self.fault("codes are not those of the keys written")
-        else:
-            right = batched_reference.bounds(blocks, filled)
-            first = torch.arange(0, block_tokens, page_size)
-            is_touched = (first < filled[:, None])[:, None, :, None]
-            stored = batched_reference.stored_bounds(blocks)
-            stored.copy_(right.where(is_touched, stored))
-            if score != "minmax":
-                found_bounds = found[:, :, block_tokens:]
-                error = bounds_error(expected[:, :, :block_tokens], page_size)
-                if ((found_bounds - stored).abs() > error)[is_touched.expand_as(stored)].any():
-                    self.fault("bounds are not those of the keys written")
-                stored.copy_(found_bounds.where(is_touched, stored))
-        if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
-            self.fault("write_kv stored other bytes than those of the reference")
+        for fault in write.faults(before, key, value):
+            self.fault(fault)
 
     def score(
         self, query: Tensor, kv_cache: Tensor, rows: ops.Rows, scores: Tensor, *, page_size: int
     ) -> None:
         REAL["score"](query, kv_cache, rows, scores, page_size=page_size)
-        self.scored = scores, len(rows)
+        self.scored = scores
 
     def score_codes(
         self,
@@ -352,7 +389,7 @@ class Checker:
         **options: Any,
     ) -> None:
         REAL["score_codes"](query, kv_cache, rows, masses, scores, **options)
-        self.scored = scores, len(rows)
+        self.scored = scores
 
     def sparse_decode(
         self,
@@ -361,36 +398,71 @@ class Checker:
         rows: ops.Rows,
         pages: Tensor,
         out: Tensor,
+        *,
+        counters: Tensor | None = None,
+        workspace: Tensor | None = None,
         **options: Any,
     ) -> None:
-        counters = options.get("counters")
         before = None if counters is None else counters.clone()
-        REAL["sparse_decode"](query, kv_cache, rows, pages, out, **options)
-        self.check(query, kv_cache, rows, pages, out, before, **options)
+        scratch = {"workspace": workspace, "counters": counters}
+        REAL["sparse_decode"](query, kv_cache, rows, pages, out, **scratch, **options)
+        expected = self.check(query, kv_cache, rows, pages, out, **options)
+        self.check_counters(before, counters, expected)
         self.scored = None
 
     def cluster_decode(
-        self, query: Tensor, kv_cache: Tensor, rows: ops.Rows, out: Tensor, **options: Any
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        out: Tensor,
+        *,
+        counters: Tensor | None = None,
+        **options: Any,
     ) -> None:
-        counters = options.get("counters")
         before = None if counters is None else counters.clone()
-        REAL["cluster_decode"](query, kv_cache, rows, out, **options)
-        page_size, kind = options["page_size"], options.get("score", "minmax")
-        block_tokens = reference.tokens_per_block(kv_cache, page_size, kind)
+        REAL["cluster_decode"](query, kv_cache, rows, out, counters=counters, **options)
+        layer = {
+            name: options[name]
+            for name in ("page_size", "score", "scale", "soft_cap", "sinks", "scales")
+        }
+        pages = self.choose(query, kv_cache, rows, **layer)
+        expected = self.check(query, kv_cache, rows, pages, out, **layer)
+        self.check_counters(before, counters, expected)
+        self.scored = None
+
+    def choose(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        *,
+        page_size: int,
+        score: Any,
+        scale: float,
+        soft_cap: float,
+        **_: Any,
+    ) -> Tensor:
+        """The pages that a launch which scores, selects and attends should have chosen: those of
+        the operators that do one after another, whose scores are the same bits."""
+        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
         max_pages = rows.block_table.shape[1] * block_tokens // page_size
         scores = torch.empty(len(rows), kv_cache.shape[1], max_pages, device=query.device)
         pages = torch.zeros_like(scores, dtype=torch.int32)
-        if kind == "codes":
-            logits = {name: options[name] for name in ("page_size", "scale", "soft_cap")}
-            masses = torch.empty_like(options["masses"])
+        if score == "codes":
+            columns = layout.mass_columns(max_pages, page_size)
+            masses = scores.new_empty(*query.shape[:2], columns)
+            logits = {"page_size": page_size, "scale": scale, "soft_cap": soft_cap}
             REAL["score_codes"](query, kv_cache, rows, masses, scores, **logits)
         else:
             REAL["score"](query, kv_cache, rows, scores, page_size=page_size)
-        kept = {name: value for name, value in options.items() if name.startswith("keep_")}
+        kept = {
+            "keep_first_pages": self.quest.keep_first_pages,
+            "keep_newest_percent": self.quest.keep_newest_percent,
+        }
         REAL["select"](scores, rows, pages, page_size=page_size, **kept)
-        self.scored = scores, len(rows)
-        self.check(query, kv_cache, rows, pages, out, before, **options)
-        self.scored = None
+        self.scored = scores
+        return pages
 
     def check(
         self,
@@ -399,61 +471,78 @@ class Checker:
         rows: ops.Rows,
         pages: Tensor,
         out: Tensor,
-        counters_before: Tensor | None,
+        **layer: Any,
+    ) -> Tensor:
+        """Compare one call of a decode operator; returns what it should count."""
+        numbers_of_row = kv_cache[0].numel() * rows.block_table.shape[1]
+        size = max(1, ROOM_NUMBERS // numbers_of_row)
+        expected = torch.zeros(5, dtype=torch.int64)
+        scores = self.scored
+        for first in range(0, len(rows), size):
+            part = slice(first, first + size)
+            self.scored = None if scores is None else scores[part]
+            given = (query[part], kv_cache, rows[part], pages[part], out[part])
+            expected += self.check_part(*given, **layer)
+        return expected
+
+    def check_part(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        pages: Tensor,
+        out: Tensor,
         *,
         page_size: int,
         scale: float,
         soft_cap: float = 0.0,
         sinks: Tensor | None = None,
-        counters: Tensor | None = None,
         score: Any = "minmax",
-        **_: Any,
-    ) -> None:
-        """Compare one call of a decode operator, all rows at once."""
+        scales: ops.KvScales | None = None,
+    ) -> Tensor:
+        """Compare some rows of a call, all at once; returns what they should count."""
         of_requests = self.take_rows(rows)
-        blocks = Blocks.of(kv_cache, rows, page_size, score)
+        blocks = Blocks.of(kv_cache, rows, page_size, score, scales)
         self.check_stored(blocks)
-        budget = rows.budget_pages.cpu().long()
+        budget = rows.budget_pages.long()
         is_sparse = blocks.num_pages > budget
+        num_sparse = int(is_sparse.sum())
         shape = (len(rows), kv_cache.shape[1], blocks.max_pages)
-        is_attended = torch.ones(shape, dtype=torch.bool)
-        attended = Attended(query, blocks.cache, rows, scale, soft_cap, sinks, blocks.block_tokens)
-        if is_sparse.any():
+        is_attended = torch.ones(shape, dtype=torch.bool, device=blocks.device)
+        layer = (scale, soft_cap, sinks, scales, blocks.block_tokens)
+        attended = Attended(query, blocks.cache, rows, *layer)
+        if num_sparse:
             chosen = self.check_choice(attended, blocks, pages, is_sparse, budget, of_requests)
             is_attended = chosen.where(is_sparse[:, None, None], is_attended)
         logits = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
-        exact, limit = batched_reference.attention(query, blocks, is_attended, **logits)
-        difference = (out.cpu().double() - exact).abs()
+        exact = torch.empty(query.shape, dtype=torch.float64, device=blocks.device)
+        limit = torch.empty_like(exact)
+        # Rows that attend to about as many pages are computed together.
+        order = torch.argsort(torch.where(is_sparse, budget, blocks.num_pages))
+        for at in order.split(ROWS_AT_ONCE[query.device.type]):
+            given = (query[at], blocks.part(at), is_attended[at])
+            exact[at], limit[at] = batched_reference.attention(*given, **logits)
+        difference = (out.double() - exact).abs()
         if not (difference <= limit).all():
             at = int((difference - limit).flatten(1).amax(1).nan_to_num(torch.inf).argmax())
             self.fault(
                 f"row {at} ({of_requests and of_requests[at]}): output is off by "
                 f"{float(difference[at].amax()):.3g}; allowed: {float(limit[at].amin()):.3g}"
             )
-        if counters is not None and counters_before is not None:
-            self.check_counters(blocks, budget, is_sparse, (counters - counters_before).tolist())
         if of_requests is None:
             self.totals.draft_rows += len(rows)
         else:
             self.totals.rows += len(rows)
-            self.totals.sparse_rows += int(is_sparse.sum())
+            self.totals.sparse_rows += num_sparse
             self.totals.pages += int(blocks.num_pages[is_sparse].sum())
+        return counts(blocks, budget, is_sparse)
 
     def check_stored(self, blocks: Blocks) -> None:
         """Bounds, or codes, are those of the keys beside them."""
-        filled = self.filled.get(self.layer)
-        if filled is None:  # a draft head's: the rows are all that is known
-            filled = {}
-            starts = torch.arange(blocks.table.shape[1]) * blocks.block_tokens
-            for place, start, seq_len in zip(
-                blocks.table.flatten().tolist(),
-                starts.repeat(len(blocks.table)).tolist(),
-                blocks.seq_lens.repeat_interleave(len(starts)).tolist(),
-                strict=True,
-            ):
-                number = int(blocks.numbers[place])
-                tokens = min(blocks.block_tokens, seq_len - start)
-                filled[number] = max(filled.get(number, 0), tokens)
+        if self.layer in self.planned:
+            filled = self.planned[self.layer].filled
+        else:  # a draft head's: the rows are all that is known
+            filled = filled_by(blocks)
         missing = set(blocks.numbers.tolist()) - filled.keys()
         if missing:
             self.fault(f"rows read blocks {missing}, which no request of this step has")
@@ -468,7 +557,7 @@ class Checker:
                 self.fault(f"blocks {numbers} have not the codes of their keys")
             return
         expected = batched_reference.bounds(blocks, tokens_filled)
-        found = batched_reference.stored_bounds(blocks)
+        found = batched_reference.exact(batched_reference.stored_bounds(blocks))
         if blocks.score == "minmax":
             differs = found != expected
         else:
@@ -492,8 +581,9 @@ class Checker:
         """Scores and selection of the rows over their budget; returns the pages chosen as bool."""
         if self.scored is None:
             self.fault("rows over their budget were not scored")
-            return torch.ones(len(is_sparse), blocks.cache.shape[1], blocks.max_pages).bool()
-        scores = self.scored[0][: len(is_sparse), :, : blocks.max_pages].cpu()
+            shape = (len(is_sparse), blocks.cache.shape[1], blocks.max_pages)
+            return torch.ones(shape, dtype=torch.bool, device=blocks.device)
+        scores = self.scored[: len(is_sparse), :, : blocks.max_pages]
         logits = {"scale": attended.scale, "soft_cap": attended.soft_cap}
         if blocks.score == "codes":
             exact = batched_reference.score_codes(attended.query, blocks, **logits)
@@ -503,8 +593,7 @@ class Checker:
         else:
             exact = batched_reference.score(attended.query, blocks)
             limit = score_error(attended._replace(kv_cache=batched_reference.stored_bounds(blocks)))
-        page = torch.arange(blocks.max_pages)
-        is_scored = (page < blocks.num_pages[:, None, None]) & is_sparse[:, None, None]
+        is_scored = (blocks.pages() < blocks.num_pages[:, None, None]) & is_sparse[:, None, None]
         is_estimate = exact.abs() < 2.0**100  # not a page of a group that is not full
         difference = (scores.double() - exact).abs()
         wrong = is_scored & ~(difference <= torch.where(is_estimate, limit, 0.0))
@@ -518,15 +607,15 @@ class Checker:
             keep_first=self.quest.keep_first_pages,
             keep_newest=self.quest.keep_newest_percent,
         )
-        chosen = torch.zeros(len(is_sparse), blocks.cache.shape[1], blocks.max_pages + 1).bool()
         width = int(budget[is_sparse].max())
-        listed = pages[: len(is_sparse), :, :width].cpu().long()
-        is_listed = torch.arange(width) < budget[:, None, None]
+        listed = pages[: len(is_sparse), :, :width].long()
+        is_listed = torch.arange(width, device=blocks.device) < budget[:, None, None]
         is_ascending = (listed[..., 1:] > listed[..., :-1]) | ~is_listed[..., 1:]
         in_range = (listed >= 0) & (listed < blocks.num_pages[:, None, None])
         if not (is_ascending[is_sparse].all() and (in_range | ~is_listed)[is_sparse].all()):
             self.fault("the pages selected are no ascending list of the row's pages")
         places = listed.where(is_listed & in_range, blocks.max_pages)
+        chosen = torch.zeros_like(expected[..., :1]).repeat(1, 1, blocks.max_pages + 1)
         chosen.scatter_(2, places, torch.ones_like(places, dtype=torch.bool))
         chosen = chosen[..., :-1]
         wrong_rows = is_sparse & (chosen != expected).flatten(1).any(1)
@@ -536,28 +625,48 @@ class Checker:
             self.fault(f"row {at} ({of_requests and of_requests[at]}): pages {differ} are wrong")
         if of_requests is not None:
             size = scores.abs().where(is_scored & is_estimate, 0.0).amax((1, 2)).clamp(min=1e-30)
-            relative = (leads / size).tolist()
-            for at, row in enumerate(of_requests):
-                if is_sparse[at] and relative[at] < NEAR_TIE:
-                    self.leads.setdefault(row.request_id, []).append((row.seq_len, relative[at]))
+            relative = torch.where(is_sparse, leads / size, torch.inf).tolist()
+            for row, lead in zip(of_requests, relative, strict=True):
+                if lead < NEAR_TIE:
+                    self.leads.setdefault(row.request_id, []).append((row.seq_len, lead))
         return chosen
 
-    def check_counters(
-        self, blocks: Blocks, budget: Tensor, is_sparse: Tensor, found: list[int]
-    ) -> None:
-        """A call adds exactly what its rows read, per KV head."""
-        num_pages = blocks.num_pages
-        is_row = blocks.seq_lens > 0
-        expected = [
-            int((is_sparse & is_row).sum()),
-            int((~is_sparse & is_row).sum()),
-            int(num_pages[is_sparse].sum()),
-            int(torch.where(is_sparse, budget, num_pages).sum()),
-            int(num_pages.sum()),
-        ]
-        expected = [blocks.cache.shape[1] * count for count in expected]
-        if found != expected:
-            self.fault(f"counters grew by {found}, not {expected}")
+    def check_counters(self, before: Tensor | None, after: Tensor | None, expected: Tensor) -> None:
+        """A call adds exactly what its rows read."""
+        if before is not None and after is not None:
+            found = (after - before).tolist()
+            if found != expected.tolist():
+                self.fault(f"counters grew by {found}, not {expected.tolist()}")
+
+
+def counts(blocks: Blocks, budget: Tensor, is_sparse: Tensor) -> Tensor:
+    """What rows add to the counters, `[5]` int64 on the host, in the order of `counters.Counts`."""
+    num_pages = blocks.num_pages
+    is_row = blocks.seq_lens > 0
+    per_head = [
+        (is_sparse & is_row).sum(),
+        (~is_sparse & is_row).sum(),
+        num_pages[is_sparse].sum(),
+        torch.where(is_sparse, budget, num_pages).sum(),
+        num_pages.sum(),
+    ]
+    return torch.stack(per_head).cpu() * blocks.cache.shape[1]
+
+
+def filled_by(blocks: Blocks) -> dict[int, int]:
+    """Tokens that each block holds, as far as the rows that read it tell."""
+    filled: dict[int, int] = {}
+    starts = torch.arange(blocks.table.shape[1]) * blocks.block_tokens
+    numbers = blocks.numbers.tolist()
+    for place, start, seq_len in zip(
+        blocks.table.flatten().tolist(),
+        starts.repeat(len(blocks.table)).tolist(),
+        blocks.seq_lens.cpu().repeat_interleave(len(starts)).tolist(),
+        strict=True,
+    ):
+        tokens = min(blocks.block_tokens, seq_len - start)
+        filled[numbers[place]] = max(filled.get(numbers[place], 0), tokens)
+    return filled
 
 
 NEAR_TIE = 1e-4

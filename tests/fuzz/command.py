@@ -5,20 +5,27 @@ A fault ends its engine, is made small, and the next engine follows.
 
 import argparse
 import json
+import math
 import tempfile
 import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from engines import DENSE
+
 from . import models
 from .cases import Case, RequestCase, Wave
-from .draw import draw_engine, draw_wave
+from .draw import DTYPES, draw_engine, draw_wave
+from .models import MODELS
 from .run import Outcome, compare_alone, run_case, run_wave, running
 from .shrink import shrink
 
 SHARE_ALONE = 0.25
 """Of an engine's time, for the same requests alone."""
+
+GRACE_SECONDS = 20.0
+"""What a wave may take beyond its engine's time before its requests are cancelled."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,10 +33,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--engine-seconds", type=float, default=60.0, help="an engine's life")
+    parser.add_argument("--engine-seconds", type=float, default=60.0, help="once it has started")
     parser.add_argument("--engine", type=int, help="this one of the seed's engines alone")
     parser.add_argument("--waves", type=int, help="so many waves for each engine")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--case", type=Path, help="repeat a case that was written")
+    parser.add_argument(
+        "--backend",
+        default="QUEST",
+        help="repeat the case with another attention backend, whose answers alone are compared: "
+        f"a fault that {DENSE} has too is vLLM's",
+    )
     parser.add_argument("--shrink-seconds", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=Path("fuzz-failures"))
     parser.add_argument("--json", type=Path, help="write the totals there")
@@ -46,21 +61,23 @@ def describe(case: Case) -> str:
 
 
 def run_engine(
-    seed: int, index: int, seconds: float, num_waves: int | None, folder: Path
+    told: argparse.Namespace, index: int, seconds: float, folder: Path
 ) -> tuple[Case, Outcome]:
     """One engine of the seed for a time, or for a number of waves."""
-    engine = draw_engine(seed, index)
+    engine = draw_engine(told.seed, index, told.models, told.dtypes)
+    num_waves = told.waves
     outcome, waves = Outcome(), []
-    deadline = time.monotonic() + seconds * (1 - SHARE_ALONE)
     vocabulary = models.vocabulary(engine.model)
     try:
         with running(engine, folder) as llm:
+            deadline = time.monotonic() + seconds * (1 - SHARE_ALONE)
             while not outcome.faults:
                 is_over = time.monotonic() > deadline if num_waves is None else False
                 if (waves and is_over) or len(waves) == num_waves:
                     break
-                waves.append(draw_wave(seed, index, len(waves), engine))
-                outcome.add(run_wave(llm, waves[-1], vocabulary))
+                waves.append(draw_wave(told.seed, index, len(waves), engine))
+                until = deadline + GRACE_SECONDS if num_waves is None else math.inf
+                outcome.add(run_wave(llm, waves[-1], vocabulary, until=until))
         if not outcome.faults:
             requests: list[RequestCase] = [each for wave in waves for each in wave.requests]
             share = SHARE_ALONE * seconds
@@ -91,6 +108,9 @@ def report_failure(
     small.write(path)
     count = sum(len(wave.requests) for wave in small.waves)
     print(f"smallest ({count} requests): python -m tests.fuzz --case {path}", flush=True)
+    if differs:
+        dense = run_case(small, folder, alone_seconds, DENSE)
+        print(f"with {DENSE} in QUEST's place:", *dense.faults[:2] or ["no fault"], flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if told.case is not None:
-            outcome = run_case(Case.read(told.case), folder)
+            outcome = run_case(Case.read(told.case), folder, backend=told.backend)
             print(*outcome.faults or ["no fault"], sep="\n")
             return len(outcome.faults)
         total, num_engines, failures = Outcome(), 0, 0
@@ -111,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             begun = time.monotonic()
             seconds = min(told.engine_seconds, left)
-            case, outcome = run_engine(told.seed, index, seconds, told.waves, folder)
+            case, outcome = run_engine(told, index, seconds, folder)
             num_engines += 1
             took = time.monotonic() - begun
             rows = outcome.totals.rows
@@ -125,22 +145,24 @@ def main(arguments: list[str] | None = None) -> int:
             if outcome.faults:
                 failures += 1
                 repeat = f"--seed {told.seed} --engine {index} --waves {len(case.waves)}"
+                for name, every in (("models", list(MODELS)), ("dtypes", list(DTYPES))):
+                    if getattr(told, name) != every:
+                        repeat += f" --{name} " + " ".join(map(repr, getattr(told, name)))
                 report_failure(case, outcome, f"python -m tests.fuzz {repeat}", told, folder)
             outcome.answers.clear()
             outcome.leads.clear()
             total.add(Outcome(outcome.totals, [], {}, {}, {}, *counts(outcome)))
-    seconds = time.monotonic() - started
-    result = asdict(total.totals) | {
-        "engines": num_engines,
-        "engines_with_faults": failures,
-        "tokens": total.tokens,
-        "answers_compared_with_those_alone": total.compared,
-        "near_ties": total.excused,
-        "seconds": round(seconds),
-    }
+            result = asdict(total.totals) | {
+                "engines": num_engines,
+                "engines_with_faults": failures,
+                "tokens": total.tokens,
+                "answers_compared_with_those_alone": total.compared,
+                "near_ties": total.excused,
+                "seconds": round(time.monotonic() - started),
+            }
+            if told.json is not None:
+                told.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if told.json is not None:
-        told.json.write_text(json.dumps(result, indent=1) + "\n")
     return failures
 
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.models import registry
 
 from eagle import make_next_id_likely, write_eagle_head
-from engines import ON_GPU, write_model, write_weights
+from engines import write_fp8_scales, write_model, write_weights
 from families import FAMILIES, random_weights
 
 DEMO_MODEL = Path(__file__).parents[2] / "vllm_quest" / "demo_model"
@@ -62,9 +62,12 @@ MODELS = {
 LAYERS = {"llama": 4, "guessable": 3}
 
 
-def write(name: str, folder: Path) -> str:
-    """The folder of a model, written to `folder` unless it is there."""
-    path = folder / name.replace(" ", "-")
+def write(name: str, folder: Path, *, is_fp8: bool = False) -> str:
+    """The folder of a model, written to `folder` unless it is there.
+
+    With `is_fp8` the checkpoint, if it is one that tests write, has an fp8 KV cache and scales.
+    """
+    path = folder / (name.replace(" ", "-") + "-fp8" * is_fp8)
     if (path / "config.json").exists():
         return str(path)
     family = MODELS[name].family
@@ -77,6 +80,8 @@ def write(name: str, folder: Path) -> str:
         write_weights(write_model(path, num_hidden_layers=LAYERS[name]))
         if name == "guessable":
             make_next_id_likely(str(path))
+        if is_fp8:
+            write_fp8_scales(str(path))
     return str(path)
 
 
@@ -92,10 +97,10 @@ def vocabulary(name: str) -> int:
     return int(config["vocab_size"]) if name == "demo" else 512
 
 
-def embeddings(model: str) -> Tensor:
+def embeddings(model: str, dtype: torch.dtype) -> Tensor:
     """Of the token ids of a model on disk, `[vocabulary, hidden_size]`."""
     weight = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
-    return weight.to(torch.bfloat16 if ON_GPU else torch.float32)
+    return weight.to(dtype)
 
 
 @contextlib.contextmanager
@@ -113,7 +118,4 @@ def loadable() -> Iterator[None]:
 def family_options(name: str) -> dict[str, Any]:
     """Engine options that a model cannot do without."""
     family = MODELS[name].family
-    options: dict[str, Any] = dict(FAMILIES[family].options) if family else {}
-    if name == "demo":
-        options["dtype"] = "bfloat16" if ON_GPU else "float32"
-    return options
+    return dict(FAMILIES[family].options) if family else {}

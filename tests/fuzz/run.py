@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import itertools
+import math
 import os
 import random
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -23,6 +25,8 @@ from engines import ON_GPU, engine
 from . import models
 from .cases import Case, EngineCase, RequestCase, Wave
 from .checker import Totals, start_checks, stop_checks, take_report
+from .graphs import tapped
+from .mended import mended
 
 TESTS = Path(__file__).parents[1]
 STUCK_STEPS = 400
@@ -31,6 +35,12 @@ STUCK_STEPS = 400
 NEAR_TIE_OF_PAGES = 1e-5
 """A lead of a page over another, relative to the largest score, that fp32 may undo: some roundings
 of each layer before it."""
+
+NEAR_TIE_OF_16_BITS = 0.25
+"""As `engines.NEAR_TIE` on GPUs."""
+
+CALM = ("guessable", "demo")
+"""Models whose leads 16 bits move by less, see `eagle.CALM`; the bundled model was trained."""
 
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
 
@@ -110,11 +120,17 @@ def sampling(request: RequestCase, *, alone: bool = False) -> SamplingParams:
 
 @contextlib.contextmanager
 def running(
-    case: EngineCase, folder: Path, *, is_checked: bool = True, **changes: Any
+    case: EngineCase,
+    folder: Path,
+    *,
+    backend: str = "QUEST",
+    is_checked: bool = True,
+    **changes: Any,
 ) -> Iterator[LLM]:
-    """An engine of a case, with every row checked unless it should not be."""
+    """An engine of a case, with every row of QUEST's checked unless it should not be."""
     options = case.options | changes
-    model = models.write(case.model, folder)
+    is_checked &= backend == "QUEST"
+    model = models.write(case.model, folder, is_fp8=options.get("kv_cache_dtype") == "auto")
     if case.speculation == "ngram":
         options["speculative_config"] = NGRAM | {"num_speculative_tokens": 3}
     elif case.speculation == "eagle":
@@ -123,17 +139,22 @@ def running(
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**case.environment, "PYTHONPATH": os.pathsep.join(paths)}
     if options.get("tensor_parallel_size", 1) > 1 and not ON_GPU:
-        first, *_, last = sorted(os.sched_getaffinity(0))
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{first}|{last}"
+        cores = sorted(os.sched_getaffinity(0))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
     with contextlib.ExitStack() as stack:
+        if ON_GPU:
+            stack.callback(torch.cuda.empty_cache)
         stack.enter_context(mock.patch.dict(os.environ, environment))
         stack.enter_context(models.loadable())
+        stack.enter_context(mended())
         if case.speculation and not ON_GPU:
             # vLLM 0.32 trips over an attribute of this module once a CPU engine has speculated
             # (vllm/triton_utils/dispatcher.py, line 139): hide it from vLLM's scan, for good.
             importlib.import_module("numba")
             sys.modules.pop("llvmlite.binding.ffi", None)
-        llm = stack.enter_context(engine(model, quest=case.quest, **options))
+        if is_checked and options.get("enforce_eager") is False:
+            stack.enter_context(tapped())
+        llm = stack.enter_context(engine(model, backend, case.quest, **options))
         if is_checked:
             llm.collective_rpc(start_checks)
             if options.get("tensor_parallel_size", 1) == 1:  # else workers' processes end
@@ -146,8 +167,19 @@ def name_of(request_id: str, names: set[str]) -> str:
     return request_id.rpartition("_")[2].partition("-")[0] if names else request_id
 
 
-def run_wave(llm: LLM, wave: Wave, vocabulary: int, *, alone: bool = False) -> Outcome:
-    """Send a wave, step the engine until all requests have ended, and look at what was found."""
+def run_wave(
+    llm: LLM,
+    wave: Wave,
+    vocabulary: int,
+    *,
+    alone: bool = False,
+    is_checked: bool = True,
+    until: float = math.inf,
+) -> Outcome:
+    """Send a wave, step the engine until all requests have ended, and look at what was found.
+
+    At the time `until` the rest is cancelled.
+    """
     outcome, server = Outcome(), llm.llm_engine
     waiting = sorted(wave.requests, key=lambda request: request.arrives)
     cancels = {
@@ -168,7 +200,8 @@ def run_wave(llm: LLM, wave: Wave, vocabulary: int, *, alone: bool = False) -> O
             prompt: Any = {"prompt_token_ids": tokens}
             if request.is_embedded:
                 if embeddings is None:
-                    embeddings = models.embeddings(llm.llm_engine.model_config.model)
+                    model = llm.llm_engine.model_config
+                    embeddings = models.embeddings(model.model, model.dtype)
                 prompt = {"prompt_embeds": embeddings[tokens]}
             parameters = sampling(request, alone=alone)
             server.add_request(request.name, prompt, parameters, priority=request.priority)
@@ -179,6 +212,11 @@ def run_wave(llm: LLM, wave: Wave, vocabulary: int, *, alone: bool = False) -> O
             if name not in done:
                 server.abort_request([name])
                 done[name] = {}
+        if time.monotonic() > until:
+            waiting.clear()
+            left = [name for name in sent if name not in done]
+            server.abort_request(left)
+            done |= {name: {} for name in left}
         if step in resets:
             server.reset_prefix_cache(reset_running_requests=resets[step])
         if not server.has_unfinished_requests():
@@ -203,7 +241,7 @@ def run_wave(llm: LLM, wave: Wave, vocabulary: int, *, alone: bool = False) -> O
             outcome.tokens += sum(len(answer.tokens) for answer in outcome.answers[name])
     for name in sent.keys() - done.keys():
         outcome.faults.append(f"{name} was lost")
-    for report in () if alone else llm.collective_rpc(take_report):
+    for report in llm.collective_rpc(take_report) if is_checked and not alone else ():
         outcome.totals += Totals(**report["totals"])
         outcome.faults += report["faults"]
         for request_id, leads in report["leads"].items():
@@ -236,18 +274,32 @@ def may_be_sparse(case: EngineCase, request: RequestCase) -> bool:
     return bool(0 <= budget < case.options["max_model_len"])
 
 
+def in_16_bits(case: EngineCase) -> bool:
+    """Whether the model computes in fp16 or bf16."""
+    return bool(case.options.get("dtype", "bfloat16" if ON_GPU else "float32") != "float32")
+
+
 def comparable(case: EngineCase, request: RequestCase) -> bool:
     """Whether a request's tokens do not depend on what shares its batches.
 
-    bf16 rounds other batches differently, and other pages become the best.
+    16 bits round other batches differently: other pages become the best, and other tokens in models
+    that are not `CALM`. FLASH_ATTN rounds the weights of prefill to fp8 with such a cache, in other
+    ways for other chunks.
     """
-    in_bf16 = ON_GPU or case.options.get("dtype") == "bfloat16"
-    is_steady = not (in_bf16 and may_be_sparse(case, request))
-    return request.is_greedy and request.cancelled is None and is_steady
+    is_steady = request.is_greedy and request.cancelled is None
+    if not in_16_bits(case):
+        return is_steady
+    is_calm = case.model in CALM and "kv_cache_dtype" not in case.options
+    return is_steady and is_calm and not may_be_sparse(case, request)
 
 
 def run_alone(
-    case: EngineCase, requests: list[RequestCase], busy: Outcome, folder: Path, seconds: float
+    case: EngineCase,
+    requests: list[RequestCase],
+    busy: Outcome,
+    folder: Path,
+    seconds: float,
+    backend: str = "QUEST",
 ) -> Outcome:
     """Send requests one at a time to a calm engine, and compare its answers with the busy one's."""
     outcome = Outcome()
@@ -264,9 +316,9 @@ def run_alone(
         "compilation_config": {},
         "enable_prompt_embeds": False,
     }
-    deadline = time.monotonic() + seconds
     vocabulary = models.vocabulary(case.model)
-    with running(calm, folder, is_checked=False, **changes) as llm:
+    with running(calm, folder, backend=backend, is_checked=False, **changes) as llm:
+        deadline = time.monotonic() + seconds
         for request in requests:
             if time.monotonic() > deadline:
                 break
@@ -296,7 +348,8 @@ def _compare(
     near = [
         lead for at, lead in busy.leads.get(name, ()) if at <= seq_len and lead < NEAR_TIE_OF_PAGES
     ]
-    if expected.leads[first] < engines.NEAR_TIE or near:
+    near_tie = NEAR_TIE_OF_16_BITS if in_16_bits(case) else engines.NEAR_TIE
+    if expected.leads[first] < near_tie or near:
         outcome.excused += 1
         return
     outcome.faults.append(
@@ -305,26 +358,35 @@ def _compare(
     )
 
 
-def run_case(case: Case, folder: Path, alone_seconds: float = 30.0) -> Outcome:
+def run_case(
+    case: Case, folder: Path, alone_seconds: float = 30.0, backend: str = "QUEST"
+) -> Outcome:
     """All of a case; faults of any kind end it. With no seconds, requests are not sent alone."""
     outcome = Outcome()
     vocabulary = models.vocabulary(case.engine.model)
+    is_checked = backend == "QUEST"
     try:
-        with running(case.engine, folder) as llm:
+        with running(case.engine, folder, backend=backend) as llm:
             for wave in case.waves:
-                outcome.add(run_wave(llm, wave, vocabulary))
+                outcome.add(run_wave(llm, wave, vocabulary, is_checked=is_checked))
                 if outcome.faults:
                     return outcome
         requests = [request for wave in case.waves for request in wave.requests]
         if alone_seconds:
-            outcome.add(compare_alone(case.engine, requests, outcome, folder, alone_seconds))
+            alone = compare_alone(case.engine, requests, outcome, folder, alone_seconds, backend)
+            outcome.add(alone)
     except Exception:
         outcome.faults.append(traceback.format_exc()[-3000:])
     return outcome
 
 
 def compare_alone(
-    case: EngineCase, requests: list[RequestCase], busy: Outcome, folder: Path, seconds: float
+    case: EngineCase,
+    requests: list[RequestCase],
+    busy: Outcome,
+    folder: Path,
+    seconds: float,
+    backend: str = "QUEST",
 ) -> Outcome:
     """`run_alone` with the requests whose tokens can be compared, the newest first."""
     chosen = [
@@ -332,4 +394,6 @@ def compare_alone(
         for request in reversed(requests)
         if request.name in busy.answers and comparable(case, request)
     ]
-    return run_alone(case, chosen, busy, folder, seconds) if chosen else Outcome()
+    if not chosen:
+        return Outcome()
+    return run_alone(case, chosen, busy, folder, seconds, backend)
