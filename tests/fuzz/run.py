@@ -133,8 +133,10 @@ def running(
     model = models.write(case.model, folder, is_fp8=options.get("kv_cache_dtype") == "auto")
     if case.speculation == "ngram":
         options["speculative_config"] = NGRAM | {"num_speculative_tokens": 3}
-    elif case.speculation == "eagle":
+    elif case.speculation:
         head = {"method": "eagle", "model": models.write_head(folder)}
+        if case.speculation == "eagle by QUEST":  # which on the V1 runner must be named
+            head["attention_backend"] = backend
         options["speculative_config"] = head | {"num_speculative_tokens": 3}
     paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**case.environment, "PYTHONPATH": os.pathsep.join(paths)}
