@@ -273,6 +273,7 @@ def test_resumed_requests_that_share_a_prefix(folder, monkeypatch):
     v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     quest = {"token_budget": 32, "dense_layers": 0, "page_size": 8}
     options = {"block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 512}
+    options["async_scheduling"] = False
     twins = [RequestCase(name, 0, 0, 0, 177, own=1, num_answer=40) for name in ("a", "b")]
     wave = Wave(tuple(twins), tuple((step, True) for step in range(1, 40)))
     with running(EngineCase("llama", quest, options, environment=v1), folder) as llm:
