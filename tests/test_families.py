@@ -128,8 +128,7 @@ def test_a_hybrid_with_cached_prefixes(name, block_size, write_family):
     """States of other layers are cached beside QUEST's pages, in blocks of a size that fits both.
 
     vLLM calls this the mamba cache mode "align". Dense attention runs with the same cache, because
-    vLLM 0.32 on CPUs answers LFM2 otherwise with prefix caching in blocks of 96 tokens than
-    without, with dense attention too.
+    vLLM 0.32 on CPUs answers LFM2 otherwise where prompts are cut elsewhere, see `fuzz.mended`.
     """
     model, prompts = write_family(name), random_prompts([300])
     options = OPTIONS | {"enable_prefix_caching": True, "block_size": block_size}

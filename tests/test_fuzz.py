@@ -13,17 +13,15 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils import cpu_triton_utils
-from vllm.v1.sample import rejection_sampler
 
 import batched_reference
 from batch import FP8, SINKS, Batch, Shape, decode_error, make_batch
 from batched_reference import Blocks
 from engines import ON_GPU
-from fuzz import checker
+from fuzz import checker, mended
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
 from fuzz.draw import draw_engine, draw_wave
 from fuzz.graphs import tapped
-from fuzz.mended import mended
 from fuzz.run import run_wave, running
 from fuzz.shrink import shrink
 from vllm_quest import ops, reference
@@ -275,6 +273,7 @@ def test_resumed_requests_that_share_a_prefix(folder, monkeypatch):
     v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     quest = {"token_budget": 32, "dense_layers": 0, "page_size": 8}
     options = {"block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 512}
+    options["async_scheduling"] = False
     twins = [RequestCase(name, 0, 0, 0, 177, own=1, num_answer=40) for name in ("a", "b")]
     wave = Wave(tuple(twins), tuple((step, True) for step in range(1, 40)))
     with running(EngineCase("llama", quest, options, environment=v1), folder) as llm:
@@ -310,7 +309,7 @@ def test_a_case_survives_its_file(tmp_path):
 
 def test_a_fixed_half_minute(tmp_path):
     """Other seeds, and longer: `python -m tests.fuzz --seed N --minutes M`."""
-    arguments = ["--seed", "1", "--minutes", "0.5", "--engine-seconds", "8"]
+    arguments = ["--seed", "1", "--minutes", "0.3", "--engine-seconds", "5"]
     totals = tmp_path / "totals.json"
     command = [sys.executable, "-m", "tests.fuzz", *arguments, "--json", str(totals)]
     root = Path(__file__).parents[1]
@@ -328,15 +327,15 @@ def test_what_is_mended_in_vllm_is_wrong_there():
     with set_current_vllm_config(VllmConfig()):
         rotary = get_rope(64, **rope)
     positions, query = torch.arange(40), torch.randn(40, 4, 64)
-    right = rotary.forward_native(positions, query.clone(), query.clone())[0]
-    found = rotary.forward_cpu(positions, query.clone(), query.clone())[0]
+    right, _ = rotary.forward_native(positions, query.clone(), query.clone())
+    found, _ = mended.forward_cpu(rotary, positions, query.clone(), query.clone())
     assert not torch.allclose(found, right, atol=1e-5)
+    found, _ = mended.rotate_every_token(rotary, positions, query.clone(), query.clone())
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+
     temperatures, ends = torch.tensor([0.0, 0.75]), torch.tensor([2, 5], dtype=torch.int32)
     untouched = torch.full((5,), -1.0)
     cpu_triton_utils._expand_kernel_impl(untouched, temperatures, ends, 0, 1)
     assert (untouched == -1).all()
-    with mended():
-        found = rotary.forward_cpu(positions, query.clone(), query.clone())[0]
-        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
-        tokens = rejection_sampler.expand_batch_to_tokens(temperatures, ends, 5, 0, 1)
-        assert tokens.tolist() == [1.0, 1.0, 0.75, 0.75, 0.75]
+    tokens = mended.expand_batch_to_tokens(temperatures, ends, 5, 0, 1)
+    assert tokens.tolist() == [1.0, 1.0, 0.75, 0.75, 0.75]

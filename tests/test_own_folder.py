@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_quest import metrics
 from vllm_quest.own_folder import LOCK, OwnFolder
 
 PREFIX = "quest-test-"
@@ -72,3 +73,12 @@ def test_a_fork_of_the_owner_keeps_it(temporary):
         process.join()
         next_one = OwnFolder(PREFIX)
         assert set(temporary.iterdir()) == {folder, Path(next_one.name)}
+
+
+def test_an_engines_process_makes_none_for_metrics(temporary, monkeypatch):
+    """Its server has one; as vLLM calls it, see `vllm/v1/engine/utils.py`."""
+    monkeypatch.setattr(metrics, "_made_here", None)
+    monkeypatch.delenv(metrics.VLLM_DIRECTORY, raising=False)
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_DP0")
+    metrics.expose()
+    assert list(temporary.iterdir()) == []

@@ -31,6 +31,7 @@ if not ON_GPU:
     del sys.modules["llvmlite.binding.ffi"]
 prompts = [{"prompt_token_ids": random_prompts([20])[0]["prompt_token_ids"] * 12}]
 prompts += random_prompts([360, 750, 33, 110])  # all but one pass the end of a group of codes
+prompts += random_prompts([1])  # whose one token stands behind the others in a head's first batch
 plain = generate(model, prompts, greedy(40), quest=quest)
 if quest["token_budget"] == -1:
     assert agree(plain, generate(model, prompts, greedy(40), backend=DENSE))

@@ -154,7 +154,9 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         self.monitor.before_step()
 
         query_lens, is_prefilling = self._requests(batch)
-        num_decodes = self._num_decodes(query_lens, is_prefilling)
+        # On the V1 runner, batches of a draft head say nothing of it.
+        is_told = self.is_v2_runner or batch.is_prefilling is not None
+        num_decodes = self._num_decodes(query_lens, is_prefilling, is_told)
         metadata.num_decode_rows = int(query_lens[:num_decodes].sum())
         if num_decodes > 0:
             decodes = Decodes(
@@ -165,7 +167,8 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             metadata.dense_layers = self.dense_layers
             metadata.decode = self.planner.plan_decode(batch, decodes)
             metadata.decode.counters = self.monitor.counters
-            metadata.decode.beside_write = self._may_begin_beside_write(query_lens, num_decodes)
+            may_begin = self._may_begin_beside_write(query_lens, num_decodes)
+            metadata.decode.beside_write = is_told and may_begin
         if num_decodes < len(query_lens):
             metadata.prefill = self.planner.plan_prefill(batch, num_decodes)
         return metadata
@@ -191,10 +194,12 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
             is_prefilling[: len(known)] = known
         return query_lens, is_prefilling
 
-    def _num_decodes(self, query_lens: np.ndarray, is_prefilling: np.ndarray) -> int:
+    def _num_decodes(self, query_lens: np.ndarray, is_prefilling: np.ndarray, is_told: bool) -> int:
         """Count the requests at the front that are handled row by row.
 
         They are decodes (with the drafts to be verified, if any) and one-token ends of prompts.
+        Unless the batch tells which requests read prompts, what looks like a decode behind a
+        prefill is the end of one, and is attended in full, as ends of prompts are.
 
         Raises:
             RuntimeError: vLLM put a decode behind a prefill, where it would be attended in full.
@@ -202,7 +207,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         is_decode = ~is_prefilling & (query_lens <= self.reorder_batch_threshold)
         in_rows = is_decode | (query_lens == 1)
         num_decodes = len(in_rows) if in_rows.all() else int(in_rows.argmin())
-        if is_decode[num_decodes:].any():
+        if is_told and is_decode[num_decodes:].any():
             raise RuntimeError(
                 f"vLLM's batch has decodes behind prefills (query lengths {query_lens.tolist()}, "
                 f"prefilling {is_prefilling.tolist()}); QUEST needs decodes first"

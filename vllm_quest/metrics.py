@@ -9,6 +9,7 @@ directory, registers a collector of it, and tells its children by an environment
 """
 
 import contextlib
+import multiprocessing
 import os
 import uuid
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ def expose() -> None:
     os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*names, VLLM_DIRECTORY, OUR_DIRECTORY]))
     if VLLM_DIRECTORY in os.environ or _made_here is not None:
         return
+    if multiprocessing.current_process().name.startswith("EngineCore"):
+        return  # it checks the configuration anew, and answers no `/metrics`
     try:
         _made_here = OwnFolder("vllm-quest-metrics-")
     except OSError as error:

@@ -20,7 +20,7 @@ class EngineCase:
     """Options of vLLM."""
 
     speculation: str = ""
-    """`ngram`, `eagle`, or none."""
+    """`ngram`, `eagle`, `eagle by QUEST`, or none."""
 
     environment: dict[str, str] = field(default_factory=dict)
 

@@ -538,11 +538,14 @@ class Checker:
         return counts(blocks, budget, is_sparse)
 
     def check_stored(self, blocks: Blocks) -> None:
-        """Bounds, or codes, are those of the keys beside them."""
-        if self.layer in self.planned:
-            filled = self.planned[self.layer].filled
-        else:  # a draft head's: the rows are all that is known
-            filled = filled_by(blocks)
+        """Bounds, or codes, are those of the keys beside them.
+
+        Not of a draft head, whose pages have holes: on vLLM's V1 runner all requests of a batch go
+        undrafted where one is near `max_model_len`, and the tokens of that step are never stored.
+        """
+        if self.layer not in self.planned:
+            return
+        filled = self.planned[self.layer].filled
         missing = set(blocks.numbers.tolist()) - filled.keys()
         if missing:
             self.fault(f"rows read blocks {missing}, which no request of this step has")
@@ -651,22 +654,6 @@ def counts(blocks: Blocks, budget: Tensor, is_sparse: Tensor) -> Tensor:
         num_pages.sum(),
     ]
     return torch.stack(per_head).cpu() * blocks.cache.shape[1]
-
-
-def filled_by(blocks: Blocks) -> dict[int, int]:
-    """Tokens that each block holds, as far as the rows that read it tell."""
-    filled: dict[int, int] = {}
-    starts = torch.arange(blocks.table.shape[1]) * blocks.block_tokens
-    numbers = blocks.numbers.tolist()
-    for place, start, seq_len in zip(
-        blocks.table.flatten().tolist(),
-        starts.repeat(len(blocks.table)).tolist(),
-        blocks.seq_lens.cpu().repeat_interleave(len(starts)).tolist(),
-        strict=True,
-    ):
-        tokens = min(blocks.block_tokens, seq_len - start)
-        filled[numbers[place]] = max(filled.get(numbers[place], 0), tokens)
-    return filled
 
 
 NEAR_TIE = 1e-4

@@ -76,7 +76,7 @@ def run_engine(
                 if (waves and is_over) or len(waves) == num_waves:
                     break
                 waves.append(draw_wave(told.seed, index, len(waves), engine))
-                until = deadline + GRACE_SECONDS if num_waves is None else math.inf
+                until = deadline + min(GRACE_SECONDS, seconds) if num_waves is None else math.inf
                 outcome.add(run_wave(llm, waves[-1], vocabulary, until=until))
         if not outcome.faults:
             requests: list[RequestCase] = [each for wave in waves for each in wave.requests]

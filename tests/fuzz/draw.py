@@ -71,8 +71,8 @@ def draw_engine(
     speculation = ""
     if model.can_speculate:
         # Of a checkpoint with an fp8 cache, a head's own layers would have another.
-        head = "eagle" if dtype != "fp8" else "ngram"
-        speculation = rng.choice(["ngram", "ngram", head, ""])
+        heads = ["ngram"] if dtype == "fp8" else ["eagle", "eagle by QUEST"]
+        speculation = rng.choice(["ngram", rng.choice(heads), ""])
     if model.on_disk and not speculation and not ON_GPU and rng.random() < 0.1:
         options["tensor_parallel_size"] = 2
     if name == "llama" and dtype != "fp8" and rng.random() < 0.5:

@@ -33,6 +33,11 @@ class Write:
         """The blocks that it writes to, as they are now."""
         return gathered(self.kv_cache, self.numbers)
 
+    def filled(self) -> Tensor:
+        """`[num_blocks]` int64: tokens up to the last one that is written."""
+        filled = torch.zeros_like(self.numbers)
+        return filled.scatter_reduce_(0, self.place, self.token + 1, "amax")
+
     def keys_values(self, key: Tensor, value: Tensor) -> Tensor:
         """The bits that are to be stored, `[num_written, num_kv_heads, 2 * head_size]`."""
         parts = [side[: len(self.slots)][self.is_real] for side in (key, value)]
@@ -76,9 +81,9 @@ class Write:
     def _update_bounds(self, expected: Tensor, found: Tensor) -> list[str]:
         """Compute those of the pages that were written to, as far as they are exact."""
         blocks, filled = self._with_fill(expected)
-        first = torch.arange(0, self.block_tokens, self.page_size, device=found.device)
-        is_touched = (first < filled[:, None])[:, None, :, None]
         stored = batched_reference.stored_bounds(blocks)
+        is_touched = torch.zeros_like(stored[:, :1, :, :1], dtype=torch.bool)
+        is_touched[self.place, 0, self.token // self.page_size] = True
         right = reference.to_dtype(batched_reference.bounds(blocks, filled), stored.dtype)
         bits(stored).copy_(bits(right).where(is_touched, bits(stored)))
         if self.score == "minmax":
@@ -94,12 +99,8 @@ class Write:
     def _with_fill(self, blocks: Tensor) -> tuple[Blocks, Tensor]:
         """Blocks, and the tokens up to the last one written to each."""
         table = torch.zeros(1, 1, dtype=torch.int64, device=blocks.device)
-        filled = torch.zeros(len(self.numbers), dtype=torch.int64, device=blocks.device)
-        filled.scatter_reduce_(0, self.place, self.token + 1, "amax")
-        return (
-            Blocks(blocks, self.numbers, table, table[0], self.page_size, self.score),
-            filled,
-        )
+        whole = Blocks(blocks, self.numbers, table, table[0], self.page_size, self.score)
+        return whole, self.filled()
 
 
 def missing_keys(write: Write, key: Tensor, value: Tensor) -> bool:
