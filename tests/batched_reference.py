@@ -269,6 +269,7 @@ def attention(
     scale: float,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    rounds_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over some pages, and how far fp32 and the output's dtype may be from it.
 
@@ -283,6 +284,8 @@ def attention(
         scale: factor of q·k.
         soft_cap: see `ops.sparse_decode`.
         sinks: `[num_heads]`, see `ops.sparse_decode`.
+        rounds_weights: whether weights are rounded to the model's dtype before they multiply
+            values, as by GPUs (csrc/cuda/attention.cuh, `weigh`) and by prefill on any device.
     """
     _, num_kv_heads, _, width = blocks.cache.shape
     pages_in_cache = blocks.cache[:, :, : blocks.block_tokens]
@@ -325,9 +328,8 @@ def attention(
     error = error + UNIT_ROUNDOFF[query.dtype] * out.abs()
     if query.dtype == torch.float16:
         error += 2.0**-24
-    if query.is_cuda:
-        # Its kernels round weights to the model's dtype, with fp8 caches to fp16, before they
-        # multiply values (csrc/cuda/attention.cuh, `weigh`).
+    if query.is_cuda or rounds_weights:
+        # With fp8 caches to fp16, which is nearer.
         u = UNIT_ROUNDOFF[query.dtype]
         error = (1 + u) * (
             error + u * (torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value.abs())

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils import cpu_triton_utils
@@ -19,11 +20,12 @@ import batched_reference
 from batch import FP8, SINKS, Batch, Shape, decode_error, make_batch
 from batched_reference import Blocks
 from engines import ON_GPU
-from fuzz import checker
+from fuzz import checker, run
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
 from fuzz.draw import draw_engine, draw_wave
 from fuzz.graphs import tapped
 from fuzz.mended import mended
+from fuzz.roundings import spread_of_lead
 from fuzz.run import run_wave, running
 from fuzz.shrink import shrink
 from vllm_quest import ops, reference
@@ -191,6 +193,10 @@ def off_by_little(_, query, kv_cache, rows, pages, out, **named):
     out[0, 0, 0] += 0.5
 
 
+def a_prompt_off(_, impl, layer, query, kv_cache, plan, output):
+    output[-1, 0, 0] += 0.5
+
+
 def one_row_more(_, query, kv_cache, rows, pages, out, *, counters, **named):
     counters[0] += 1
 
@@ -208,6 +214,7 @@ PLANTED = {
     # On GPUs from sm_90 on it is made within `cluster_decode`.
     **({} if ON_GPU else {"a selection": (ops, "select", a_neighbour, "are wrong")}),
     "an output": ("operator", "sparse_decode", off_by_little, "output is off"),
+    "a prefill": (this_platform(), "attend_prefill", a_prompt_off, "output of prefill"),
     "a counter": ("operator", "sparse_decode", one_row_more, "counters grew"),
 }
 
@@ -218,6 +225,7 @@ def test_a_planted_fault_is_seen(llm, what):
     clean = run_wave(llm, small_wave(), 512)
     assert clean.faults == []
     assert clean.totals.sparse_rows > 0
+    assert clean.totals.prefill_tokens > 0
     with contextlib.ExitStack() as stack:
         if where == "operator":
             real = checker.REAL
@@ -229,6 +237,36 @@ def test_a_planted_fault_is_seen(llm, what):
         # 129 tokens in chunks of 128: the end of a prompt is one token.
         faults = run_wave(llm, small_wave(), 512).faults
     assert any(words in fault for fault in faults), faults
+
+
+def test_roundings_move_a_lead_and_leave_nothing_behind(llm):
+    prompt = list(range(3, 203))
+
+    def answer():
+        greedy = SamplingParams(temperature=0.0, max_tokens=4, logprobs=2)
+        return llm.generate({"prompt_token_ids": prompt}, greedy, use_tqdm=False)[0].outputs[0]
+
+    before = answer()
+    first, second = before.logprobs[0]
+    spread = spread_of_lead(llm, prompt, first, second)
+    largest = 0.5 if ON_GPU else 1e-4  # of bf16 and of fp32, in a model that is not sharp
+    assert 0 < spread < largest
+    after = answer()
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread", "faults"), [("bfloat16", 0.7, 0), ("bfloat16", 0.6, 1), ("float32", 9.0, 1)]
+)
+def test_a_lead_that_roundings_undo_is_excused(dtype, spread, faults):
+    [request, *_] = small_wave().requests
+    case = EngineCase("llama", {"token_budget": -1}, {"dtype": dtype, "max_model_len": 512})
+    alone = run.Outcome(answers={request.name: [run.Answer((5, 6), (2.0, 0.656))]})
+    busy = run.Outcome(answers={request.name: [run.Answer((5, 7))]})
+    outcome = run.Outcome()
+    with mock.patch.object(run, "spread_of_lead", lambda *_: spread):
+        run._compare(case, request, alone, busy, outcome, mock.Mock())
+    assert (len(outcome.faults), outcome.excused) == (faults, 1 - faults)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
-"""Every decode row of a worker, compared with the reference while the engine serves.
+"""Every decode row of a worker, and some of its prefills' tokens, compared with the reference
+while the engine serves.
 
 A *row* is one query token in one layer's decode. Its length, budget, blocks and slots must be those
 that the scheduler told of the request (`ledger`), the bounds of its pages those of the keys beside
 them, its pages the best by their scores, its output within the derived tolerance, and the counters
-exact. Faults are kept, not raised, so that an engine can go on and say all of them.
+exact. Of a prefill's tokens the output is compared, but with fp8 caches, of which FLASH_ATTN rounds
+queries and weights to fp8. Faults are kept, not raised, so that an engine can go on and say all of
+them.
 
 CUDA graphs run operators out of sight, but keep what layers were given and gave (`graphs`): of
 such steps all is checked once they have ended.
@@ -36,6 +39,7 @@ from vllm_quest.monitor import Monitor
 
 from .graphs import TAPS
 from .ledger import Ledger, budget_pages
+from .prefills import PrefillToken, as_rows, chosen_tokens
 from .writes import Write, missing_keys
 
 MAX_FAULTS = 20
@@ -83,6 +87,7 @@ class Step(NamedTuple):
 
     num_tokens: int
     metadata: QuestMetadata
+    prefill_tokens: list[PrefillToken]
 
 
 @dataclass
@@ -100,6 +105,9 @@ class Totals:
 
     rows_in_graphs: int = 0
     """Of all rows, those whose operators a CUDA graph ran."""
+
+    prefill_tokens: int = 0
+    """Tokens of prefills whose output was compared."""
 
     pages: int = 0
     """Pages of sparse rows, chosen among by each KV head."""
@@ -236,6 +244,7 @@ class Checker:
             self.fault(f"vLLM split blocks of {block_tokens} tokens")
         rows, tokens = [], 0
         slots: list[int] = []
+        prefill_tokens: list[PrefillToken] = []
         for name, request in requests:
             in_rows = tokens < metadata.num_decode_rows
             tokens += request.num_scheduled
@@ -252,6 +261,9 @@ class Checker:
                 budget = budget_pages(request, self.quest.token_budget, self.quest.page_size)
                 unsettled = request.is_reading_prompt
                 rows += [Row(name, at + 1, budget, unsettled, blocks) for at in positions]
+            else:
+                first = tokens - request.num_scheduled
+                prefill_tokens += chosen_tokens(name, request, first, blocks)
         if len(rows) != metadata.num_decode_rows:
             self.fault(f"{metadata.num_decode_rows} decode rows; requests have {len(rows)}")
         found = metadata.slot_mapping[: len(slots)].tolist()
@@ -264,7 +276,7 @@ class Checker:
                 self.check_settled(group, rows, plan.budget_pages.tolist(), block_tokens)
         filled = self.ledger.filled(group, block_tokens)
         for layer in self.own_layers.intersection(builder.layer_names):
-            self.planned[layer] = Step(rows, filled, len(slots), metadata)
+            self.planned[layer] = Step(rows, filled, len(slots), metadata, prefill_tokens)
 
     def compare_rows(self, found: ops.Rows, rows: list[Row], *, is_dense: bool = False) -> None:
         """Lengths, budgets and blocks."""
@@ -337,9 +349,34 @@ class Checker:
             rows = self.planned[layer.layer_name].rows
             if self.cursor != len(rows):
                 self.fault(f"{self.cursor} rows were decoded of {len(rows)}")
+            query, _, _, kv_cache, *_ = args
+            self.check_prefill(layer, query, kv_cache, out)
         self.layers += 1
         self.layer = ""
         return out
+
+    def check_prefill(self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+        """The output of some tokens of prefills, which attend to all before them."""
+        impl, tokens = layer.impl, self.planned[self.layer].prefill_tokens
+        if not tokens or impl.has_fp8_cache:
+            return
+        places, rows = as_rows(tokens, query.device)
+        blocks = Blocks.of(kv_cache, rows, self.quest.page_size, self.quest.score)
+        shape = (ROWS_AT_ONCE["cpu"], kv_cache.shape[1], blocks.max_pages)
+        is_attended = torch.ones(shape, dtype=torch.bool, device=query.device)
+        logits = {"scale": impl.scale, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
+        for at in torch.arange(len(tokens), device=query.device).split(len(is_attended)):
+            given = (query[places[at]], blocks.part(at), is_attended[: len(at)])
+            exact, limit = batched_reference.attention(*given, **logits, rounds_weights=True)
+            difference = (output[places[at]].double() - exact).abs()
+            wrong = (~(difference <= limit)).flatten(1).any(1)
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                self.fault(
+                    f"{tokens[int(at[row])]}: output of prefill is off by "
+                    f"{float(difference[row].amax()):.3g}; allowed: {float(limit[row].amin()):.3g}"
+                )
+        self.totals.prefill_tokens += len(tokens)
 
     def take_rows(self, found: ops.Rows) -> list[Row] | None:
         """The requests' rows for a call of an operator; None in layers of a draft head."""
