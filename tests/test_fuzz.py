@@ -12,6 +12,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import ChunkedLocalAttention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils import cpu_triton_utils
 from vllm.v1.sample import rejection_sampler
@@ -22,6 +23,7 @@ from batched_reference import Blocks
 from engines import ON_GPU
 from fuzz import checker, run
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
+from fuzz.dense import DenseToken, as_rows, first_seen_by
 from fuzz.draw import draw_engine, draw_wave
 from fuzz.graphs import tapped
 from fuzz.mended import mended
@@ -130,6 +132,30 @@ def test_what_is_stored_beside_keys_is_told_from_other_bytes(batch):
     assert differ().any()
 
 
+def test_windows_of_the_batched_reference():
+    """A cache without bounds, as the dense backend has it, in layers with windows of both kinds."""
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(9, 2, 16, 2 * 64, generator=generator)
+    query = torch.randn(3, 4, 64, generator=generator)
+    tokens = [DenseToken("", 0, seq_len, [4, 2, 7, 1, 8]) for seq_len in (1, 40, 65)]
+    rows = as_rows(tokens, torch.device("cpu"))
+    blocks = Blocks.of(cache, rows, 16, "minmax", has_bounds=False)
+    chunked = mock.Mock(spec=ChunkedLocalAttention, attention_chunk_size=32)
+    for layer, first_seen in ((mock.Mock(sliding_window=20), [0, 20, 45]), (chunked, [0, 32, 64])):
+        found = first_seen_by(layer, blocks.seq_lens)
+        assert found.tolist() == first_seen
+        is_attended = torch.ones(3, 2, blocks.max_pages, dtype=torch.bool)
+        out, _ = batched_reference.attention(
+            query, blocks, is_attended, scale=0.125, first_seen=found
+        )
+        for row, (token, first) in enumerate(zip(tokens, first_seen, strict=True)):
+            seen = cache[token.blocks].transpose(0, 1).flatten(1, 2)[:, first : token.seq_len]
+            key, value = seen.double().repeat_interleave(2, dim=0).chunk(2, dim=-1)
+            weights = torch.softmax((key @ query[row, :, :, None].double() * 0.125)[..., 0], -1)
+            expected = (weights[:, None] @ value)[:, 0]
+            torch.testing.assert_close(out[row], expected)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -214,7 +240,7 @@ PLANTED = {
     # On GPUs from sm_90 on it is made within `cluster_decode`.
     **({} if ON_GPU else {"a selection": (ops, "select", a_neighbour, "are wrong")}),
     "an output": ("operator", "sparse_decode", off_by_little, "output is off"),
-    "a prefill": (this_platform(), "attend_prefill", a_prompt_off, "output of prefill"),
+    "a prefill": (this_platform(), "attend_prefill", a_prompt_off, "output of model.layers"),
     "a counter": ("operator", "sparse_decode", one_row_more, "counters grew"),
 }
 
@@ -225,7 +251,7 @@ def test_a_planted_fault_is_seen(llm, what):
     clean = run_wave(llm, small_wave(), 512)
     assert clean.faults == []
     assert clean.totals.sparse_rows > 0
-    assert clean.totals.prefill_tokens > 0
+    assert clean.totals.dense_tokens > 0
     with contextlib.ExitStack() as stack:
         if where == "operator":
             real = checker.REAL
