@@ -39,9 +39,13 @@ class Blocks:
         page_size: int,
         score: Score,
         scales: ops.KvScales | None = None,
+        *,
+        has_bounds: bool = True,
     ) -> "Blocks":
-        """Gather them from an engine's cache."""
-        block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
+        """Gather them from an engine's cache; one without bounds is given zeros for them."""
+        block_tokens = kv_cache.shape[2]
+        if has_bounds:
+            block_tokens = reference.tokens_per_block(kv_cache, page_size, score)
         seq_lens = rows.seq_lens.long()
         num_blocks = -(-seq_lens // block_tokens)
         width = max(1, int(num_blocks.max()))
@@ -50,6 +54,8 @@ class Blocks:
         numbers = torch.unique(table[is_read])
         table = torch.searchsorted(numbers, table).where(is_read, 0)
         cache = gathered(kv_cache, numbers)
+        if not has_bounds:
+            cache = torch.nn.functional.pad(cache, (0, 0, 0, block_tokens // page_size))
         return cls(cache, numbers, table, seq_lens, page_size, score, scales)
 
     @property
@@ -269,6 +275,8 @@ def attention(
     scale: float,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    rounds_weights: bool = False,
+    first_seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over some pages, and how far fp32 and the output's dtype may be from it.
 
@@ -283,6 +291,9 @@ def attention(
         scale: factor of q·k.
         soft_cap: see `ops.sparse_decode`.
         sinks: `[num_heads]`, see `ops.sparse_decode`.
+        rounds_weights: whether weights are rounded to the model's dtype before they multiply
+            values, as by GPUs (csrc/cuda/attention.cuh, `weigh`) and by prefill on any device.
+        first_seen: `[num_rows]`, the first token that a row sees in a layer with windows.
     """
     _, num_kv_heads, _, width = blocks.cache.shape
     pages_in_cache = blocks.cache[:, :, : blocks.block_tokens]
@@ -303,6 +314,8 @@ def attention(
     place_in_page = torch.arange(blocks.page_size, device=blocks.device)
     token = pages.unsqueeze(-1) * blocks.page_size + place_in_page
     is_seen = token < blocks.seq_lens.view(-1, 1, 1, 1)
+    if first_seen is not None:
+        is_seen &= token >= first_seen.view(-1, 1, 1, 1)
     is_seen &= (blocks.pages()[: pages.shape[-1]] < count.unsqueeze(-1)).unsqueeze(-1)
     is_seen = is_seen.flatten(2)  # [rows, heads, tokens]
     keys_values = keys_values.flatten(2, 3).masked_fill(~is_seen.unsqueeze(-1), 0.0)
@@ -325,9 +338,8 @@ def attention(
     error = error + UNIT_ROUNDOFF[query.dtype] * out.abs()
     if query.dtype == torch.float16:
         error += 2.0**-24
-    if query.is_cuda:
-        # Its kernels round weights to the model's dtype, with fp8 caches to fp16, before they
-        # multiply values (csrc/cuda/attention.cuh, `weigh`).
+    if query.is_cuda or rounds_weights:
+        # With fp8 caches to fp16, which is nearer.
         u = UNIT_ROUNDOFF[query.dtype]
         error = (1 + u) * (
             error + u * (torch.softmax(logits, dim=-1).nan_to_num(0.0) @ value.abs())

@@ -10,7 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import ChunkedLocalAttention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.utils import cpu_triton_utils
 
@@ -18,10 +20,12 @@ import batched_reference
 from batch import FP8, SINKS, Batch, Shape, decode_error, make_batch
 from batched_reference import Blocks
 from engines import ON_GPU
-from fuzz import checker, mended
+from fuzz import checker, mended, run
 from fuzz.cases import Case, EngineCase, RequestCase, Wave
+from fuzz.dense import DenseToken, as_rows, first_seen_by
 from fuzz.draw import draw_engine, draw_wave
 from fuzz.graphs import tapped
+from fuzz.roundings import spread_of_lead
 from fuzz.run import run_wave, running
 from fuzz.shrink import shrink
 from vllm_quest import ops, reference
@@ -126,6 +130,30 @@ def test_what_is_stored_beside_keys_is_told_from_other_bytes(batch):
     assert differ().any()
 
 
+def test_windows_of_the_batched_reference():
+    """A cache without bounds, as the dense backend has it, in layers with windows of both kinds."""
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(9, 2, 16, 2 * 64, generator=generator)
+    query = torch.randn(3, 4, 64, generator=generator)
+    tokens = [DenseToken("", 0, seq_len, [4, 2, 7, 1, 8]) for seq_len in (1, 40, 65)]
+    rows = as_rows(tokens, torch.device("cpu"))
+    blocks = Blocks.of(cache, rows, 16, "minmax", has_bounds=False)
+    chunked = mock.Mock(spec=ChunkedLocalAttention, attention_chunk_size=32)
+    for layer, first_seen in ((mock.Mock(sliding_window=20), [0, 20, 45]), (chunked, [0, 32, 64])):
+        found = first_seen_by(layer, blocks.seq_lens)
+        assert found.tolist() == first_seen
+        is_attended = torch.ones(3, 2, blocks.max_pages, dtype=torch.bool)
+        out, _ = batched_reference.attention(
+            query, blocks, is_attended, scale=0.125, first_seen=found
+        )
+        for row, (token, first) in enumerate(zip(tokens, first_seen, strict=True)):
+            seen = cache[token.blocks].transpose(0, 1).flatten(1, 2)[:, first : token.seq_len]
+            key, value = seen.double().repeat_interleave(2, dim=0).chunk(2, dim=-1)
+            weights = torch.softmax((key @ query[row, :, :, None].double() * 0.125)[..., 0], -1)
+            expected = (weights[:, None] @ value)[:, 0]
+            torch.testing.assert_close(out[row], expected)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -189,6 +217,10 @@ def off_by_little(_, query, kv_cache, rows, pages, out, **named):
     out[0, 0, 0] += 0.5
 
 
+def a_prompt_off(_, impl, layer, query, kv_cache, plan, output):
+    output[-1, 0, 0] += 0.5
+
+
 def one_row_more(_, query, kv_cache, rows, pages, out, *, counters, **named):
     counters[0] += 1
 
@@ -206,6 +238,7 @@ PLANTED = {
     # On GPUs from sm_90 on it is made within `cluster_decode`.
     **({} if ON_GPU else {"a selection": (ops, "select", a_neighbour, "are wrong")}),
     "an output": ("operator", "sparse_decode", off_by_little, "output is off"),
+    "a prefill": (this_platform(), "attend_prefill", a_prompt_off, "output of model.layers"),
     "a counter": ("operator", "sparse_decode", one_row_more, "counters grew"),
 }
 
@@ -216,6 +249,7 @@ def test_a_planted_fault_is_seen(llm, what):
     clean = run_wave(llm, small_wave(), 512)
     assert clean.faults == []
     assert clean.totals.sparse_rows > 0
+    assert clean.totals.dense_tokens > 0
     with contextlib.ExitStack() as stack:
         if where == "operator":
             real = checker.REAL
@@ -227,6 +261,36 @@ def test_a_planted_fault_is_seen(llm, what):
         # 129 tokens in chunks of 128: the end of a prompt is one token.
         faults = run_wave(llm, small_wave(), 512).faults
     assert any(words in fault for fault in faults), faults
+
+
+def test_roundings_move_a_lead_and_leave_nothing_behind(llm):
+    prompt = list(range(3, 203))
+
+    def answer():
+        greedy = SamplingParams(temperature=0.0, max_tokens=4, logprobs=2)
+        return llm.generate({"prompt_token_ids": prompt}, greedy, use_tqdm=False)[0].outputs[0]
+
+    before = answer()
+    first, second = before.logprobs[0]
+    spread = spread_of_lead(llm, prompt, first, second)
+    largest = 0.5 if ON_GPU else 1e-4  # of bf16 and of fp32, in a model that is not sharp
+    assert 0 < spread < largest
+    after = answer()
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spread", "faults"), [("bfloat16", 0.7, 0), ("bfloat16", 0.6, 1), ("float32", 9.0, 1)]
+)
+def test_a_lead_that_roundings_undo_is_excused(dtype, spread, faults):
+    [request, *_] = small_wave().requests
+    case = EngineCase("llama", {"token_budget": -1}, {"dtype": dtype, "max_model_len": 512})
+    alone = run.Outcome(answers={request.name: [run.Answer((5, 6), (2.0, 0.656))]})
+    busy = run.Outcome(answers={request.name: [run.Answer((5, 7))]})
+    outcome = run.Outcome()
+    with mock.patch.object(run, "spread_of_lead", lambda *_: spread):
+        run._compare(case, request, alone, busy, outcome, mock.Mock())
+    assert (len(outcome.faults), outcome.excused) == (faults, 1 - faults)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Every decode row of a worker, compared with the reference while the engine serves.
+"""Every decode row of a worker, and some other tokens, compared with the reference while it serves.
 
 A *row* is one query token in one layer's decode. Its length, budget, blocks and slots must be those
 that the scheduler told of the request (`ledger`), the bounds of its pages those of the keys beside
 them, its pages the best by their scores, its output within the derived tolerance, and the counters
-exact. Faults are kept, not raised, so that an engine can go on and say all of them.
+exact. Of some tokens that the dense backend attends for (`dense`) the output is compared, but with
+fp8 caches, of which FLASH_ATTN rounds queries and weights to fp8. Faults are kept, not raised, so
+that an engine can go on and say all of them.
 
 CUDA graphs run operators out of sight, but keep what layers were given and gave (`graphs`): of
 such steps all is checked once they have ended.
@@ -34,6 +36,7 @@ from vllm_quest.layers import is_full_attention
 from vllm_quest.metadata import QuestMetadata, QuestMetadataBuilder
 from vllm_quest.monitor import Monitor
 
+from .dense import DenseToken, as_rows, chosen_tokens, first_seen_by
 from .graphs import TAPS
 from .ledger import Ledger, budget_pages
 from .writes import Write, missing_keys
@@ -83,6 +86,7 @@ class Step(NamedTuple):
 
     num_tokens: int
     metadata: QuestMetadata
+    dense_tokens: list[DenseToken]
 
 
 @dataclass
@@ -100,6 +104,9 @@ class Totals:
 
     rows_in_graphs: int = 0
     """Of all rows, those whose operators a CUDA graph ran."""
+
+    dense_tokens: int = 0
+    """Tokens whose output by the dense backend was compared."""
 
     pages: int = 0
     """Pages of sparse rows, chosen among by each KV head."""
@@ -236,6 +243,7 @@ class Checker:
             self.fault(f"vLLM split blocks of {block_tokens} tokens")
         rows, tokens = [], 0
         slots: list[int] = []
+        dense_tokens: list[DenseToken] = []
         for name, request in requests:
             in_rows = tokens < metadata.num_decode_rows
             tokens += request.num_scheduled
@@ -252,6 +260,9 @@ class Checker:
                 budget = budget_pages(request, self.quest.token_budget, self.quest.page_size)
                 unsettled = request.is_reading_prompt
                 rows += [Row(name, at + 1, budget, unsettled, blocks) for at in positions]
+            else:
+                first = tokens - request.num_scheduled
+                dense_tokens += chosen_tokens(name, request, first, blocks)
         if len(rows) != metadata.num_decode_rows:
             self.fault(f"{metadata.num_decode_rows} decode rows; requests have {len(rows)}")
         found = metadata.slot_mapping[: len(slots)].tolist()
@@ -264,7 +275,7 @@ class Checker:
                 self.check_settled(group, rows, plan.budget_pages.tolist(), block_tokens)
         filled = self.ledger.filled(group, block_tokens)
         for layer in self.own_layers.intersection(builder.layer_names):
-            self.planned[layer] = Step(rows, filled, len(slots), metadata)
+            self.planned[layer] = Step(rows, filled, len(slots), metadata, dense_tokens)
 
     def compare_rows(self, found: ops.Rows, rows: list[Row], *, is_dense: bool = False) -> None:
         """Lengths, budgets and blocks."""
@@ -328,8 +339,14 @@ class Checker:
 
     def forward(self, real: Callable[..., Tensor], layer: Any, *args: Any, **named: Any) -> Tensor:
         """`QuestImpl.forward` of one layer."""
-        if not self.in_step or not is_full_attention(layer):
+        if not self.in_step:
             return real(layer, *args, **named)
+        if not is_full_attention(layer):
+            out = real(layer, *args, **named)
+            query, _, _, kv_cache, *_ = args
+            if query.is_cuda:  # CPU_ATTN packs its keys for the machine's instructions
+                self.check_windowed(layer, query, kv_cache, out)
+            return out
         self.layer, self.cursor = layer.layer_name, 0
         self.seen.add(self.layer)
         out = real(layer, *args, **named)
@@ -337,9 +354,73 @@ class Checker:
             rows = self.planned[layer.layer_name].rows
             if self.cursor != len(rows):
                 self.fault(f"{self.cursor} rows were decoded of {len(rows)}")
+            query, _, _, kv_cache, *_ = args
+            self.check_prefill(layer, query, kv_cache, out)
         self.layers += 1
         self.layer = ""
         return out
+
+    def check_prefill(self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+        """The output of some tokens of prefills, which attend to all before them."""
+        impl, tokens = layer.impl, self.planned[self.layer].dense_tokens
+        if not tokens or impl.has_fp8_cache:
+            return
+        rows = as_rows(tokens, query.device)
+        blocks = Blocks.of(kv_cache, rows, self.quest.page_size, self.quest.score)
+        self.compare_tokens(tokens, blocks, impl, query, output)
+
+    def check_windowed(self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
+        """The output of some tokens of each request in a layer that sees part of its context."""
+        impl, groups = layer.impl, self.runner.kv_cache_config.kv_cache_groups
+        of_layer = [i for i, each in enumerate(groups) if layer.layer_name in each.layer_names]
+        if impl.has_fp8_cache or not of_layer:  # or a draft head's, or another's cache
+            return
+        [group] = of_layer
+        tokens, place = [], 0
+        for name in self.batch_order():
+            request = self.ledger.requests[name]
+            tokens += chosen_tokens(name, request, place, request.blocks[group])
+            place += request.num_scheduled
+        self.layer = layer.layer_name
+        block_tokens = groups[group].kv_cache_spec.block_size
+        if kv_cache.shape[2] != block_tokens:
+            self.fault(f"blocks of {kv_cache.shape[2]} tokens, not {block_tokens}")
+        else:
+            rows = as_rows(tokens, query.device)
+            blocks = Blocks.of(kv_cache, rows, block_tokens, "minmax", has_bounds=False)
+            first_seen = first_seen_by(layer, blocks.seq_lens)
+            self.compare_tokens(tokens, blocks, impl, query, output, first_seen)
+        self.layer = ""
+
+    def compare_tokens(
+        self,
+        tokens: list[DenseToken],
+        blocks: Blocks,
+        impl: QuestImpl,
+        query: Tensor,
+        output: Tensor,
+        first_seen: Tensor | None = None,
+    ) -> None:
+        """Compare what the dense backend gave for some tokens of the batch."""
+        places = torch.tensor([token.place for token in tokens], device=query.device)
+        shape = (ROWS_AT_ONCE["cpu"], blocks.cache.shape[1], blocks.max_pages)
+        is_attended = torch.ones(shape, dtype=torch.bool, device=query.device)
+        layer = {"scale": impl.scale, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
+        for at in torch.arange(len(tokens), device=query.device).split(len(is_attended)):
+            given = (query[places[at]], blocks.part(at), is_attended[: len(at)])
+            first = None if first_seen is None else first_seen[at]
+            exact, limit = batched_reference.attention(
+                *given, **layer, rounds_weights=True, first_seen=first
+            )
+            difference = (output[places[at]].double() - exact).abs()
+            wrong = (~(difference <= limit)).flatten(1).any(1)
+            if wrong.any():
+                row = int(wrong.nonzero()[0])
+                self.fault(
+                    f"{tokens[int(at[row])]}: output of {self.layer} is off by "
+                    f"{float(difference[row].amax()):.3g}; allowed: {float(limit[row].amin()):.3g}"
+                )
+        self.totals.dense_tokens += len(tokens)
 
     def take_rows(self, found: ops.Rows) -> list[Row] | None:
         """The requests' rows for a call of an operator; None in layers of a draft head."""
