@@ -196,6 +196,7 @@ class Layer:
 
     scale = 0.25
     soft_cap = 0.0
+    has_fp8_cache = False
 
     def __init__(self, page_size):
         self.quest = type("Quest", (), {"page_size": page_size, "score": "minmax"})

@@ -373,7 +373,7 @@ def test_a_case_survives_its_file(tmp_path):
 
 def test_a_fixed_half_minute(tmp_path):
     """Other seeds, and longer: `python -m tests.fuzz --seed N --minutes M`."""
-    arguments = ["--seed", "1", "--minutes", "0.3", "--engine-seconds", "5"]
+    arguments = ["--seed", "1", "--minutes", "0.5", "--engine-seconds", "12"]
     totals = tmp_path / "totals.json"
     command = [sys.executable, "-m", "tests.fuzz", *arguments, "--json", str(totals)]
     root = Path(__file__).parents[1]
