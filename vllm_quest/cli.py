@@ -66,7 +66,7 @@ def main() -> None:
         "--kv-cache-dtype",
         default="auto",
         metavar="DTYPE",
-        help="the server's option: fp8, on GPUs",
+        help="as of vllm serve; fp8, on GPUs, needs --scores minmax",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the text and its pass keys")
 
