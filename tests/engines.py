@@ -77,6 +77,12 @@ def write_weights(folder: str, seed: int = 0) -> str:
     return folder
 
 
+ATTENTION_SHAPES = {
+    "8B, grouped": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "head size 64": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+}
+"""Attention of models in whose shape GPU tests write theirs."""
+
 KV_SCALES = {"q_scale": 0.07, "k_scale": 0.013, "v_scale": 0.041}
 """Of `write_fp8_scales`: with them the numbers of `write_weights` come to less than fp8's largest,
 448, and lie far from where scales of 1 would put them."""

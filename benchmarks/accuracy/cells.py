@@ -80,16 +80,20 @@ def result(cell: Cell, graded: Iterable[Graded], machine: str) -> Result:
     )
 
 
+def _stored(path: Path) -> Iterator[tuple[str, Cell, dict[str, Any]]]:
+    """A file's rows: the digest of their settings, the cell, and the rest."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line that a run was stopped in
+            continue
+        digest = row.pop("settings")
+        yield digest, Cell(**{own.name: row.pop(own.name) for own in fields(Cell)}), row
+
+
 def full_attention(path: Path) -> list[Result]:
     """Full attention's cells in a file of finished cells, whatever the settings of its run."""
-    results = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        del row["settings"]
-        cell = Cell(**{own.name: row.pop(own.name) for own in fields(Cell)})
-        if cell.method == "full":
-            results.append(Result(cell, **row))
-    return results
+    return [Result(cell, **row) for _, cell, row in _stored(path) if cell.method == "full"]
 
 
 class Store:
@@ -125,13 +129,7 @@ class Store:
 
     def _rows(self, path: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
         """The rows of these settings, each without its cell."""
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line that a run was stopped in
-                continue
-            if row.pop("settings") == self._digest:
-                yield Cell(**{own.name: row.pop(own.name) for own in fields(Cell)}), row
+        return ((cell, row) for digest, cell, row in _stored(path) if digest == self._digest)
 
     def __contains__(self, cell: Cell) -> bool:
         return cell in self._results

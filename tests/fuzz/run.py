@@ -294,7 +294,7 @@ def comparable(case: EngineCase, request: RequestCase) -> bool:
     return is_steady and is_calm and not may_be_sparse(case, request)
 
 
-def run_alone(
+def compare_alone(
     case: EngineCase,
     requests: list[RequestCase],
     busy: Outcome,
@@ -302,7 +302,17 @@ def run_alone(
     seconds: float,
     backend: str = "QUEST",
 ) -> Outcome:
-    """Send requests one at a time to a calm engine, and compare its answers with the busy one's."""
+    """Compare the busy engine's answers with those to requests sent one at a time to a calm one.
+
+    Requests whose tokens can be compared, the newest first, for so many seconds.
+    """
+    chosen = [
+        request
+        for request in reversed(requests)
+        if request.name in busy.answers and comparable(case, request)
+    ]
+    if not chosen:
+        return Outcome()
     outcome = Outcome()
     calm = EngineCase(case.model, case.quest, case.options, "", case.environment)
     changes = {
@@ -320,7 +330,7 @@ def run_alone(
     vocabulary = models.vocabulary(case.model)
     with running(calm, folder, backend=backend, is_checked=False, **changes) as llm:
         deadline = time.monotonic() + seconds
-        for request in requests:
+        for request in chosen:
             if time.monotonic() > deadline:
                 break
             values = vars(request) | {"arrives": 0, "is_embedded": False, "priority": 0}
@@ -393,22 +403,3 @@ def run_case(
     except Exception:
         outcome.faults.append(traceback.format_exc()[-3000:])
     return outcome
-
-
-def compare_alone(
-    case: EngineCase,
-    requests: list[RequestCase],
-    busy: Outcome,
-    folder: Path,
-    seconds: float,
-    backend: str = "QUEST",
-) -> Outcome:
-    """`run_alone` with the requests whose tokens can be compared, the newest first."""
-    chosen = [
-        request
-        for request in reversed(requests)
-        if request.name in busy.answers and comparable(case, request)
-    ]
-    if not chosen:
-        return Outcome()
-    return run_alone(case, chosen, busy, folder, seconds, backend)

@@ -11,6 +11,7 @@ from vllm import SamplingParams
 
 from checked_ops import check_operators
 from engines import (
+    ATTENTION_SHAPES,
     DENSE,
     KV_SCALES,
     VOCABULARY,
@@ -48,14 +49,12 @@ LENGTHS = [1, 2, 15, 16, 17, 127, 128, 129, 300, 700, 1500]
 COVERING = {"token_budget": 4096}
 SPARSE = {"token_budget": 128, "dense_layers": 1}
 
-SHAPES = {
-    "8B, grouped": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+SHAPES = ATTENTION_SHAPES | {
     "one query head per KV head": {
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "head_dim": 128,
     },
-    "head size 64": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
     "sliding windows": {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",

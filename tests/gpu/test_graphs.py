@@ -5,6 +5,7 @@ import torch
 
 from eagle import make_next_id_likely, write_eagle_head
 from engines import (
+    ATTENTION_SHAPES,
     DENSE,
     agree,
     answers,
@@ -33,14 +34,12 @@ SPARSE = {"token_budget": 128, "dense_layers": 1}
 CODES = {"score": "codes", "keep_first_pages": 1}
 LENGTHS = [1, 16, 17, 300, 700, 1500, 33]
 
-SHAPES = {
-    "8B, grouped": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+SHAPES = ATTENTION_SHAPES | {
     "7B, one query head per KV head": {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
         "head_dim": 128,
     },
-    "head size 64": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
 }
 
 
