@@ -71,6 +71,9 @@ class Wave:
     resets: tuple[tuple[int, bool], ...] = ()
     """Steps at which the prefix cache is reset, and whether running requests start anew."""
 
+    sleeps: int = 0
+    """The level at which the engine sleeps before the first request; 0: it does not."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -91,6 +94,7 @@ class Case:
             Wave(
                 tuple(RequestCase(**request) for request in wave["requests"]),
                 tuple((step, restarts) for step, restarts in wave["resets"]),
+                wave.get("sleeps", 0),
             )
             for wave in case["waves"]
         )

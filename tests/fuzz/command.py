@@ -93,6 +93,9 @@ def report_failure(
     """Say how to repeat a failure, and make it small."""
     print("FAULT:", *outcome.faults[:5], sep="\n  ")
     print(f"repeat: {repeat}")
+    if case.engine.options.get("enable_sleep_mode"):
+        print("not made smaller: engines that sleep need a process each", flush=True)
+        return
     if not arguments.shrink_seconds:
         return
 

@@ -90,6 +90,8 @@ def draw_engine(
         options["async_scheduling"] = rng.random() < 0.5 and not speculation
         if is_v2:
             options.pop("enable_prompt_embeds", None)
+        # vLLM's memory that sleeps serves one engine per process: the first.
+        options["enable_sleep_mode"] = index == 0
         if rng.random() < 0.6:
             tokens_per_decode = 4 if speculation else 1
             sizes = [tokens_per_decode * size for size in (1, 2, 4, 8, 16, 32, 64, 128)]
@@ -111,7 +113,12 @@ def draw_wave(seed: int, index: int, wave: int, engine: EngineCase) -> Wave:
     resets = []
     if rng.random() < 0.3:
         resets.append((rng.randint(1, last + 40), rng.random() < 0.5))
-    return Wave(tuple(requests), tuple(resets))
+    sleeps = 0
+    if wave and engine.options.get("enable_sleep_mode"):
+        # Level 2 drops the weights; vLLM reloads those of a draft head nowhere.
+        has_all = MODELS[engine.model].on_disk and "eagle" not in engine.speculation
+        sleeps = rng.choice([0, 1, 2] if has_all else [0, 1])
+    return Wave(tuple(requests), tuple(resets), sleeps)
 
 
 def room(engine: EngineCase) -> int:

@@ -168,6 +168,15 @@ def name_of(request_id: str, names: set[str]) -> str:
     return request_id.rpartition("_")[2].partition("-")[0] if names else request_id
 
 
+def sleep_and_wake(llm: LLM, level: int) -> None:
+    """As in reinforcement learning: weights come back first, then the KV cache, which is empty."""
+    llm.sleep(level=level)
+    llm.wake_up(tags=["weights"])
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
 def run_wave(
     llm: LLM,
     wave: Wave,
@@ -182,6 +191,8 @@ def run_wave(
     At the time `until` the rest is cancelled.
     """
     outcome, server = Outcome(), llm.llm_engine
+    if wave.sleeps:
+        sleep_and_wake(llm, wave.sleeps)
     waiting = sorted(wave.requests, key=lambda request: request.arrives)
     cancels = {
         request.name: request.arrives + request.cancelled
@@ -326,6 +337,7 @@ def compare_alone(
         "enforce_eager": True,
         "compilation_config": {},
         "enable_prompt_embeds": False,
+        "enable_sleep_mode": False,
     }
     vocabulary = models.vocabulary(case.model)
     with running(calm, folder, backend=backend, is_checked=False, **changes) as llm:

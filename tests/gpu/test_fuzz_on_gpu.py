@@ -110,6 +110,19 @@ def test_codes_in_graphs_are_checked(folder, runner):
     assert outcome.faults == [] and outcome.totals.rows_in_graphs > outcome.totals.rows / 2
 
 
+def test_rows_after_sleeping_are_checked(folder):
+    """The only engine of this process that sleeps: vLLM's memory that can serves one."""
+    case = engine_case("V2", "bf16")
+    case = replace(case, options=case.options | {"enable_sleep_mode": True})
+    with running(case, folder) as llm:
+        before, *after = (
+            run_wave(llm, replace(small_wave(), sleeps=level), 512) for level in (0, 1, 2, 1)
+        )
+    for outcome in after:
+        assert outcome.faults == [] and outcome.totals.rows == before.totals.rows
+        assert outcome.answers == before.answers
+
+
 def off_by_little(query, kv_cache, rows, *arguments, **named):
     arguments[-1][0, 0, 0] += 0.5
 

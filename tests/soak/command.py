@@ -54,7 +54,7 @@ def soak(server: Server, told: argparse.Namespace, tally: Tally) -> list[dict[st
         if not server.is_up():
             raise RuntimeError(f"the server ended; {told.log} may say why")
         sample = {"seconds": time.monotonic() - begun, "rss_mib": server.rss_mib()}
-        if (gpu := gpu_mib()) is not None:
+        if (gpu := gpu_mib({process.pid for process in server.family()})) is not None:
             sample["gpu_mib"] = gpu
         samples.append(sample)
         time.sleep(SAMPLE_SECONDS)

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -116,10 +117,22 @@ class Server:
         return values
 
 
-def gpu_mib() -> float | None:
-    """Memory in use on the first GPU; None where there is none."""
+def gpu_mib(processes: Collection[int]) -> float | None:
+    """Memory on GPUs of these processes; None where there is no GPU.
+
+    Where the driver does not tell processes apart, all that is in use on the first GPU.
+    """
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    process = subprocess.run(query, capture_output=True, text=True)
-    return float(process.stdout.splitlines()[0]) if process.returncode == 0 else None
+    lines = _nvidia_smi("--query-compute-apps=pid,used_gpu_memory")
+    used = [line.split(", ") for line in lines]
+    own = [float(mib) for pid, mib in used if int(pid) in processes and mib.isdecimal()]
+    if own:
+        return sum(own)
+    return next(map(float, _nvidia_smi("--query-gpu=memory.used")), None)
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    return process.stdout.splitlines() if process.returncode == 0 else []
