@@ -78,6 +78,12 @@ CASES = (
 )
 
 
+TOKENS_PER_STEP = 8192
+"""Prompts are prefilled by so many tokens at a time."""
+
+EDGE_STEPS = 4
+"""Of the steps in which all requests decode, so many at either end are not timed."""
+
 BASE_TOKENS = 256
 """A context that attention takes next to no time for."""
 
@@ -114,7 +120,7 @@ def start(
         enable_prefix_caching=False,
         max_model_len=max(context for _, context in cases),
         max_num_seqs=max(16, *(requests for requests, _ in cases)),
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=TOKENS_PER_STEP,
         gpu_memory_utilization=memory,
         kv_cache_dtype=cache_dtype,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -160,10 +166,10 @@ def decode_step_ms(
             step_ms.append(elapsed_ms)
         for output in outputs:
             produced[output.request_id] = len(output.outputs[0].token_ids)
-    if len(step_ms) <= 8:
+    if len(step_ms) <= 2 * EDGE_STEPS:
         print(f"{num_requests} x {context}: some waited for blocks until others had ended")
         return None
-    return median(step_ms[4:-4])
+    return median(step_ms[EDGE_STEPS:-EDGE_STEPS])
 
 
 def main() -> None:
@@ -202,6 +208,12 @@ def main() -> None:
             parser.error(
                 f"{model}:{requests}x{context} has no room for a prompt before {arguments.tokens} "
                 "output tokens: name more tokens, or lower --tokens"
+            )
+        steps = -(-requests * (context - arguments.tokens) // TOKENS_PER_STEP)
+        if arguments.tokens <= steps + 2 * EDGE_STEPS:
+            parser.error(
+                f"{model}:{requests}x{context} is prefilled in {steps} steps, and the first "
+                f"request ends before: raise --tokens to {steps + 10 * EDGE_STEPS}"
             )
 
     print_machine()
