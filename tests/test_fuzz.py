@@ -159,6 +159,28 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
+def test_resumed_requests_that_share_a_prefix(folder, monkeypatch):
+    """Twins are told to start anew at each step. Where all tokens of one but its newest fill whole
+    blocks, it finds them in the cache although the other only now computes them, and has one token
+    left: on vLLM's V1 runner it counts as a decode whose pages are of earlier steps.
+
+    Before the fixture `llm`: a process checks one engine at a time.
+    """
+    v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    quest = {"token_budget": 32, "dense_layers": 0, "page_size": 8}
+    options = {"block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 512}
+    options["async_scheduling"] = False
+    twins = [RequestCase(name, 0, 0, 0, 177, own=1, num_answer=40) for name in ("a", "b")]
+    wave = Wave(tuple(twins), tuple((step, True) for step in range(1, 40)))
+    with running(EngineCase("llama", quest, options, environment=v1), folder) as llm:
+        found = run_wave(llm, wave, 512)
+        assert found.faults == []
+        # With the promise that V2 can keep, of which condition 3 is a part.
+        monkeypatch.setattr(QuestMetadataBuilder, "_may_begin_beside_write", lambda *_: True)
+        faults = run_wave(llm, wave, 512).faults
+        assert any("counts as settled" in fault for fault in faults), faults
+
+
 @pytest.fixture(scope="module")
 def llm(folder):
     """A calm engine under the checker."""
@@ -327,26 +349,6 @@ def test_a_fault_out_of_sight_is_seen(out_of_sight, name, damage, words):
     with mock.patch.object(ops, name, later(getattr(ops, name), damage)):
         faults = run_wave(out_of_sight, small_wave(), 512).faults
     assert any(words in fault for fault in faults), faults
-
-
-def test_resumed_requests_that_share_a_prefix(folder, monkeypatch):
-    """Twins are told to start anew at each step. Where all tokens of one but its newest fill whole
-    blocks, it finds them in the cache although the other only now computes them, and has one token
-    left: on vLLM's V1 runner it counts as a decode whose pages are of earlier steps.
-    """
-    v1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    quest = {"token_budget": 32, "dense_layers": 0, "page_size": 8}
-    options = {"block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 512}
-    options["async_scheduling"] = False
-    twins = [RequestCase(name, 0, 0, 0, 177, own=1, num_answer=40) for name in ("a", "b")]
-    wave = Wave(tuple(twins), tuple((step, True) for step in range(1, 40)))
-    with running(EngineCase("llama", quest, options, environment=v1), folder) as llm:
-        found = run_wave(llm, wave, 512)
-        assert found.faults == []
-        # With the promise that V2 can keep, of which condition 3 is a part.
-        monkeypatch.setattr(QuestMetadataBuilder, "_may_begin_beside_write", lambda *_: True)
-        faults = run_wave(llm, wave, 512).faults
-        assert any("counts as settled" in fault for fault in faults), faults
 
 
 def test_a_failing_case_becomes_small():

@@ -68,6 +68,8 @@ def draw_engine(
     of_others = 40 if model.is_hybrid else 4 + 4 * 128 // block_size if model.has_windows else 0
     blocks = int(contexts * -(-max_model_len // block_size)) * (2 if model.has_windows else 1)
     options["num_gpu_blocks_override"] = 2 + of_others + blocks
+    if model.is_hybrid:  # each row of a graph needs a block for its states
+        options["max_num_seqs"] = min(max_num_seqs, 32)
     speculation = ""
     if model.can_speculate:
         # Of a checkpoint with an fp8 cache, a head's own layers would have another.

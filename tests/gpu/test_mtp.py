@@ -17,7 +17,9 @@ from vllm.model_executor.models import registry
 from checked_ops import check_operators
 from engines import (
     DENSE,
+    NEAR_TIE,
     ON_GPU,
+    Answer,
     agree,
     answers,
     counter,
@@ -27,6 +29,7 @@ from engines import (
     token_ids,
 )
 from families import FAMILIES, Family, heads, random_weights
+from fuzz.roundings import spread_of_lead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,18 +122,38 @@ def kept_drafts(llm: LLM) -> float:
     return kept / counter(llm, "vllm:spec_decode_num_draft_tokens")
 
 
+def differences(llm: LLM, prompt: Any, true: Answer, found: Answer) -> list[str]:
+    """Where an answer leaves the true one by more than roundings do, in the engine that gave it."""
+    tokens = list(prompt["prompt_token_ids"])
+    for i, (ours, theirs, lead) in enumerate(
+        zip(found.tokens, true.tokens, true.leads, strict=True)
+    ):
+        if ours != theirs:
+            if lead < NEAR_TIE:
+                return []
+            spread = spread_of_lead(llm, [*tokens, *true.tokens[:i]], theirs, ours)
+            return [f"token {i}: a lead of {lead}, moved by {spread}"] if lead > spread else []
+    return []
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_drafts_for_its_model(name, runner, write_head):
     """Under graphs, a covering budget gives the dense backend's tokens, and keeps as many drafts;
-    eagerly, a small budget decodes sparsely, as specified."""
+    eagerly, a small budget decodes sparsely, as specified.
+
+    The dense backend runs eagerly: under graphs on vLLM 0.32's V1 runner, FLASH_ATTN gives other
+    tokens for Qwen3-Next than without drafts, and no answer for Qwen3.5.
+    """
     model, prompts = write_head(name), random_prompts(LENGTHS)
     options = OPTIONS | HEADS[name].options | {"speculative_config": MTP}
-    with engine(model, backend=DENSE, **options, **GRAPHS) as llm:
+    with engine(model, quest=COVERING, **options, **GRAPHS) as llm:
+        ours = answers(llm, prompts, greedy(NUM_TOKENS))
+        kept = kept_drafts(llm)
+    with engine(model, backend=DENSE, **(options | {"enable_prefix_caching": False})) as llm:
         dense = answers(llm, prompts, greedy(NUM_TOKENS))
         kept_by_dense = kept_drafts(llm)
-    with engine(model, quest=COVERING, **options, **GRAPHS) as llm:
-        assert agree(dense, answers(llm, prompts, greedy(NUM_TOKENS)))
-        kept = kept_drafts(llm)
+        found = [differences(llm, *each) for each in zip(prompts, dense, ours, strict=True)]
+    assert found == [[]] * len(prompts)
     assert 0.1 < kept_by_dense < 0.95  # or the next line would say little
     assert abs(kept - kept_by_dense) < KEPT_ALIKE
     with engine(model, quest=SPARSE, **options) as llm, check_operators() as checked:
