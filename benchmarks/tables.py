@@ -565,10 +565,24 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
-        *(whole_models, scaling, layers, budgets, captures, coded, in_fp8),
-        *(prefills, cpu_models, cpu_stages),
-        *(accuracy, by_context, choices, smallest_budgets, countings, scores),
-        *(page_scores, cache_dtypes),
+        whole_models,
+        scaling,
+        layers,
+        budgets,
+        captures,
+        coded,
+        in_fp8,
+        prefills,
+        cpu_models,
+        cpu_stages,
+        accuracy,
+        by_context,
+        choices,
+        smallest_budgets,
+        countings,
+        scores,
+        page_scores,
+        cache_dtypes,
     )
 }
 
