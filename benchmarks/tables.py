@@ -151,6 +151,18 @@ def scaling(*results: Result) -> Iterable[Cells]:
         }
 
 
+def first_tokens(result: Result) -> Iterable[Cells]:
+    """Of `offload.py`: the time to the first token by where the prompt's blocks are."""
+    for row in result["rows"]:
+        yield {
+            "backend": row["backend"],
+            "prompt (tokens)": in_k(row["context"]),
+            "prefilled (ms)": _ms(row["prefilled ms"]),
+            "from the GPU's cache (ms)": _ms(row["on the GPU ms"]),
+            "from host memory (ms)": _ms(row["on the host ms"]),
+        }
+
+
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
     """A number, or a dash where a case did not fit the GPU."""
     return "-" if value is None else text(value)
@@ -567,6 +579,7 @@ RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     for renderer in (
         whole_models,
         scaling,
+        first_tokens,
         layers,
         budgets,
         captures,
