@@ -132,15 +132,13 @@ def whole_models(result: Result) -> Iterable[Cells]:
 
 def scaling(*results: Result) -> Iterable[Cells]:
     """Of `gpu_serving.py --tensor-parallel --random-kv`: a decode step by the number of GPUs."""
-    rows = [row for result in results for row in result["rows"]]
-    models = list(MODELS)
-    for row in sorted(
-        rows, key=lambda row: (models.index(row["model"]), row["context"], row["gpus"])
-    ):
+    rows = [row | result["machine"] for result in results for row in result["rows"]]
+    rows.sort(key=lambda row: [row[key] for key in ("context", "requests", "gpus")])
+    for row in sorted(rows, key=lambda row: list(MODELS).index(row["model"])):
         yield {
             "model": MODELS[row["model"]],
             "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
-            "GPUs": str(row["gpus"]),
+            "GPUs": f"{row['gpus']} x {row['device'].removeprefix('NVIDIA ')}",
             "FLASH_ATTN (ms)": _or_dash(row["FLASH_ATTN ms"], _ms),
             "QUEST (ms)": _or_dash(row["QUEST ms"], _ms),
             "speed-up": _or_dash(row["speed"], "{:.2f}x".format),

@@ -114,15 +114,20 @@ def test_quest_is_named_by_what_it_keeps(quest, kept, name):
 
 
 def test_a_case_that_did_not_fit_is_a_dash():
-    """And rows stand by model, context and GPUs, whatever the order of their files."""
+    """And rows stand by model, case and GPUs, whatever the order of their files."""
     numbers = ("FLASH_ATTN ms", "QUEST ms", "speed", "FLASH_ATTN tok/s", "QUEST tok/s")
     case = {"model": "8b", "requests": 8, "context": 65536}
     case |= dict.fromkeys((*numbers, "FLASH_ATTN attention", "QUEST attention"), 0.5)
     lacking = case | dict.fromkeys(numbers) | {"gpus": 1, "QUEST attention": None}
-    first, second = scaling({"rows": [case | {"gpus": 4}]}, {"rows": [lacking]})
-    assert [first["GPUs"], second["GPUs"]] == ["1", "4"]
-    assert first["QUEST (ms)"] == first["attention, QUEST"] == "-"
-    assert second["QUEST (ms)"] == "0.50" and second["attention, QUEST"] == "50%"
+    of_70b = case | {"model": "70b", "gpus": 4}
+    larger = [of_70b, of_70b | {"requests": 4, "gpus": 2}]
+    files = [larger, [case | {"gpus": 4}], [lacking]]
+    rows = list(scaling(*({"machine": {"device": "NVIDIA H1"}, "rows": rows} for rows in files)))
+    assert [row["GPUs"] for row in rows] == ["1 x H1", "4 x H1", "2 x H1", "4 x H1"]
+    assert [row["requests x context (tokens)"][:1] for row in rows] == ["8", "8", "4", "8"]
+    assert "70B" in rows[2]["model"] and "70B" in rows[3]["model"]
+    assert rows[0]["QUEST (ms)"] == rows[0]["attention, QUEST"] == "-"
+    assert rows[1]["QUEST (ms)"] == "0.50" and rows[1]["attention, QUEST"] == "50%"
 
 
 def test_markdown():
