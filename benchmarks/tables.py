@@ -102,7 +102,7 @@ def caption(results: Iterable[Result]) -> str:
             machine = _parse_machine(machine)
         names = {"vllm": "vLLM", "torch": "torch", "transformers": "transformers"}
         versions = ", ".join(f"{names[key]} {machine[key]}" for key in names if key in machine)
-        command = re.sub(r" --(json \S+|report-only)", "", result["command"])
+        command = re.sub(r" --((json|plot|log) \S+|report-only)", "", result["command"])
         parts.append(f"on {machine['device']} ({versions}) by `{command}`")
     return f"*Measured {'; '.join(parts)}.*"
 
@@ -572,6 +572,36 @@ def _with_interval(estimate: dict[str, float] | None) -> str:
     return f"{mean:.1f} ({low:.1f}-{high:.1f})"
 
 
+# Long runs.
+
+
+def soaks(*results: Result) -> Iterable[Cells]:
+    """Of `tests.soak`: what became of the requests, and the server's memory."""
+    for result in results:
+        yield {
+            "machine": result["machine"]["device"],
+            "time (minutes)": f"{result['minutes']:g}",
+            "clients": str(result["clients"]),
+            "finished (requests)": str(result["finished"]),
+            "cut (requests)": str(result["cut"]),
+            "refused (requests)": str(result["refused"]),
+            "lost (requests)": str(result["lost"]),
+            **_memory(result, "rss_mib", "resident"),
+            **_memory(result, "gpu_mib", "GPU"),
+            "start again (s)": f"{result['kill']['started_again_in_s']:.1f}",
+        }
+
+
+def _memory(result: Result, key: str, name: str) -> Cells:
+    """Memory at the first and the last sample, and its growth; dashes where there is none."""
+    has = [sample[key] / 1024 for sample in result["samples"] if key in sample]
+    share = result["growth"].get(key)
+    return {
+        f"{name}, first and last (GiB)": f"{has[0]:.2f}, {has[-1]:.2f}" if has else "-",
+        f"growth, {name} (%)": "-" if share is None else f"{100 * share:+z.1f}",
+    }
+
+
 RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
     renderer.__name__: renderer
     for renderer in (
@@ -594,6 +624,7 @@ RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
         scores,
         page_scores,
         cache_dtypes,
+        soaks,
     )
 }
 

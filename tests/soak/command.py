@@ -7,6 +7,8 @@ server does not come back after `kill -9`.
 import argparse
 import json
 import random
+import shlex
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -173,6 +175,7 @@ def plot(samples: list[dict[str, float]], path: Path, title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if anything was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     told = parse(arguments)
     tally, wrong = Tally(), []
     with told.log.open("wb") as log:
@@ -193,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong += [f"lost: {what}" for what in tally.lost[:10]]
     counts = {name: value for name, value in vars(tally).items() if isinstance(value, int)}
     result = {
+        "command": shlex.join(["python", "-m", "tests.soak", *arguments]),
         "machine": machine(),
         "minutes": told.minutes,
         "clients": told.clients,
