@@ -219,12 +219,9 @@ def coded(*results: Result) -> Iterable[Cells]:
 
 def in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
     """Of `kernels.py`, with `--kv-cache-dtype fp8` and without, the same cases."""
-    for row, other in zip(fp8["rows"], bf16["rows"], strict=True):
-        name = row["rows x context, heads"]
-        if other["rows x context, heads"] != name:
-            raise ValueError(f"{name} in one file is {other['rows x context, heads']} in the other")
+    for row, other in _same_cases(fp8, bf16, "rows x context, heads"):
         yield {
-            "rows x context, heads": name,
+            "rows x context, heads": row["rows x context, heads"],
             "QUEST, fp8 (µs)": _us(row["total µs"]),
             "QUEST, bf16 (µs)": _us(other["total µs"]),
             "FA3, fp8 (µs)": _us(row["FA3 µs"]),
@@ -236,6 +233,37 @@ def in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
             "layer, QUEST, bf16 (µs)": _us(other["layer µs"]),
             "layer's speed-up, fp8": f"{row['layer ratio']:.1f}x",
         }
+
+
+def served_in_fp8(fp8: Result, bf16: Result) -> Iterable[Cells]:
+    """Of `gpu_serving.py`, with `--kv-cache-dtype fp8` and without, the same cases."""
+    for row, other in _same_cases(fp8, bf16, "model", "requests", "context"):
+        measured = {
+            f"{backend}, {cache}": (of_cache[f"{backend} ms"], of_cache[f"{backend} tok/s"])
+            for cache, of_cache in (("bf16", other), ("fp8", row))
+            for backend in ("FLASH_ATTN", "QUEST")
+        }
+        yield {
+            "model": MODELS[row["model"]],
+            "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",
+            **{f"{name} (ms)": _or_dash(ms, _ms) for name, (ms, _) in measured.items()},
+            "speed-up, fp8": _or_dash(row["speed"], "{:.2f}x".format),
+            **{
+                f"{name} (tokens/s)": _or_dash(rate, "{:.0f}".format)
+                for name, (_, rate) in measured.items()
+            },
+        }
+
+
+def _same_cases(
+    fp8: Result, bf16: Result, *case: str
+) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of both, which have to agree in what names their case."""
+    for row, other in zip(fp8["rows"], bf16["rows"], strict=True):
+        first, second = ([of_cache[key] for key in case] for of_cache in (row, other))
+        if first != second:
+            raise ValueError(f"{first} in one file is {second} in the other")
+        yield row, other
 
 
 def captures(result: Result) -> Iterable[Cells]:
@@ -613,6 +641,7 @@ RENDERERS: dict[str, Callable[..., Iterable[Cells]]] = {
         captures,
         coded,
         in_fp8,
+        served_in_fp8,
         prefills,
         cpu_models,
         cpu_stages,

@@ -15,6 +15,7 @@ from benchmarks.tables import (
     markdown,
     render,
     scaling,
+    served_in_fp8,
 )
 
 TABLE = re.compile(r"(?:^|\n)([^|\n][^\n]*|)\n((?:\|[^\n]*\n)+)")
@@ -88,6 +89,18 @@ def test_cells_are_the_json_rounded():
     }
     assert FULL not in shares
     assert f"| QUEST | {' | '.join(shares.values())} | - |" in readme
+
+
+def test_fp8_and_bf16_caches_stand_side_by_side():
+    """A case that did not fit with one cache is a dash there; files of other cases are refused."""
+    numbers = ("FLASH_ATTN ms", "QUEST ms", "speed", "FLASH_ATTN tok/s", "QUEST tok/s")
+    fp8 = {"model": "8b", "requests": 48, "context": 32768} | dict.fromkeys(numbers, 0.5)
+    bf16 = fp8 | dict.fromkeys(numbers)
+    (cells,) = served_in_fp8({"rows": [fp8]}, {"rows": [bf16]})
+    assert cells["QUEST, fp8 (ms)"] == "0.50" and cells["speed-up, fp8"] == "0.50x"
+    assert cells["QUEST, bf16 (ms)"] == cells["FLASH_ATTN, bf16 (tokens/s)"] == "-"
+    with pytest.raises(ValueError, match=r"48, 32768.* in one file is .*24, 32768"):
+        list(served_in_fp8({"rows": [fp8]}, {"rows": [bf16 | {"requests": 24}]}))
 
 
 @pytest.mark.parametrize(
