@@ -16,6 +16,9 @@ from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 
 VOCABULARY = 512
 ON_GPU = torch.cuda.is_available()
+HAS_FP8 = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+"""Whether prefill takes fp8 caches, as FlashAttention 3 does."""
+
 DENSE = "FLASH_ATTN" if ON_GPU else "CPU_ATTN"
 """The backend that QUEST is compared with."""
 

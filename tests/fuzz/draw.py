@@ -4,9 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from engines import ON_GPU
+from engines import HAS_FP8, ON_GPU
 from vllm_quest.config import GROUP_TOKENS
 
 from . import models
@@ -15,7 +13,6 @@ from .models import MODELS, family_options
 
 NUM_PREFIXES = 3
 V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-HAS_FP8 = ON_GPU and torch.cuda.get_device_capability() == (9, 0)  # as FlashAttention 3 has
 DTYPES = ("bfloat16", "float16") if ON_GPU else ("float32", "bfloat16", "float16")
 DTYPES += ("fp8",) if HAS_FP8 else ()
 """Of the model; with fp8 the KV cache alone is."""

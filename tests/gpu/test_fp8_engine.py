@@ -13,6 +13,7 @@ from checked_ops import check_operators
 from engines import (
     ATTENTION_SHAPES,
     DENSE,
+    HAS_FP8,
     KV_SCALES,
     VOCABULARY,
     agree,
@@ -30,10 +31,7 @@ from vllm_quest import ops
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="no GPU with FlashAttention 3",
-    ),
+    pytest.mark.skipif(not HAS_FP8, reason="no GPU with FlashAttention 3"),
 ]
 
 STEPS = 8

@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 
 import vllm_quest
 from engines import (
+    HAS_FP8,
     agree,
     answers,
     answers_of,
@@ -111,6 +112,17 @@ def test_answers_and_counters_are_those_of_one_gpu(demo_model, one_gpu, monkeypa
             found, counts = run(llm, params)
             assert agree(expected, found)
             assert counts == counted
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="no GPU with FlashAttention 3")
+def test_an_fp8_cache_on_two_gpus(demo_model):
+    runs = []
+    for way in ({}, WAYS["tensor 2"]):
+        with engine(demo_model, **OPTIONS, **way, kv_cache_dtype="fp8") as llm:
+            runs.append([run(llm, params) for params in (SERVERS_BUDGET, OWN_BUDGETS)])
+    for (expected, counted), (found, counts) in zip(*runs, strict=True):
+        assert agree(expected, found)
+        assert counts == counted
 
 
 def test_experts_on_several_gpus(tmp_path):
