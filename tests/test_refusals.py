@@ -252,6 +252,23 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"kv_sharing_fast_prefill": True},
         ["remove", "--kv-sharing-fast-prefill"],
     ),
+    "QUEST for the draft alone": (
+        {},
+        {
+            "backend": DENSE,
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "attention_backend": "QUEST",
+            },
+        },
+        ["not for the model's full-attention", "--attention-backend QUEST", "--speculative-config"],
+    ),
+    "QUEST for other layers alone": (
+        {},
+        {"backend": None, "attention_config": {"backend_per_kind": {"sliding_window": "QUEST"}}},
+        ["not for the model's full-attention", "--attention-backend QUEST", "--attention-config"],
+    ),
     "microbatches": ({}, {"ubatch_size": 2}, ["remove", "--enable-dbo", "--ubatch-size"]),
     "reference sliding window": ({"rswa_window": 64}, {}, ["reference", "--attention-backend"]),
     "page size": (
