@@ -27,13 +27,16 @@ def test_a_bad_budget_is_named_with_what_is_allowed(value):
         requested_budget({"quest_token_budget": value})
 
 
-@pytest.mark.parametrize("key", ["quest_budget", "quest_tokens", "quest_token_budgets"])
+@pytest.mark.parametrize(
+    "key",
+    ["quest_budget", "quest_tokens", "quest_token_budgets", "QUEST_TOKEN_BUDGET", "quest-budget"],
+)
 def test_a_misspelt_field_is_refused_with_the_right_name(key):
     with pytest.raises(ValueError, match=f"'{key}'; did you mean 'quest_token_budget'"):
         requested_budget({key: 64})
 
 
-@pytest.mark.parametrize("extra_args", [None, {}, {"of_another_plugin": 5}])
+@pytest.mark.parametrize("extra_args", [None, {}, {"of_another_plugin": 5}, {"question": 5}])
 def test_no_budget_means_the_servers(extra_args):
     assert requested_budget(extra_args) == SERVER_DEFAULT
 

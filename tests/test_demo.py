@@ -10,7 +10,7 @@ import pytest
 
 from engines import ON_GPU
 from vllm_quest.config import UNLIMITED
-from vllm_quest.demo import Outcome, kv_share, table
+from vllm_quest.demo import Outcome, kv_share, run_demo, table
 from vllm_quest.pass_keys import FACT_TOKENS, make_haystack
 
 COMMAND = (sys.executable, "-m", "vllm_quest")
@@ -43,6 +43,22 @@ def test_the_demo_compares_budgets_and_scores():
         assert right[f"budget 32, {score}"] <= 2
     assert all(float(ms_per_token) > 0 for _, _, ms_per_token, *_ in rows)
     assert "vllm serve MODEL --attention-backend QUEST" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_questions": 0}, "--questions is 0; allowed: a positive number"),
+        ({"context_tokens": 50000}, "--context is 50000; allowed: 1 to 40832"),
+        ({"context_tokens": 100, "num_questions": 50}, "got 50 facts in 100 tokens"),
+        ({"budgets": [512, 0]}, "quest_token_budget is 0; allowed: a positive number of tokens"),
+    ],
+)
+def test_bad_options_are_refused_before_a_server_starts(options, words, capsys):
+    defaults = {"context_tokens": 1024, "num_questions": 4, "budgets": [512], "seed": 0}
+    assert run_demo(**defaults | {"scores": ["minmax"], "kv_cache_dtype": "auto"} | options) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("vllm-quest demo: ") and words in line
 
 
 @pytest.mark.skipif(ON_GPU, reason="GPUs serve an fp8 cache")

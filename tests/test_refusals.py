@@ -241,6 +241,35 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["not causal", "--language-model-only", "--attention-backend"],
     ),
+    "prefix attention": ({"prefix_lm": True}, {}, ["not causal", "--attention-backend"]),
+    "a backend of the model's own": (
+        {"param_sink_number": 128},
+        {},
+        ["backend of its own", "--attention-backend"],
+    ),
+    "fast prefill": (
+        {},
+        {"kv_sharing_fast_prefill": True},
+        ["remove", "--kv-sharing-fast-prefill"],
+    ),
+    "QUEST for the draft alone": (
+        {},
+        {
+            "backend": DENSE,
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "attention_backend": "QUEST",
+            },
+        },
+        ["not for the model's full-attention", "--attention-backend QUEST", "--speculative-config"],
+    ),
+    "QUEST for other layers alone": (
+        {},
+        {"backend": None, "attention_config": {"backend_per_kind": {"sliding_window": "QUEST"}}},
+        ["not for the model's full-attention", "--attention-backend QUEST", "--attention-config"],
+    ),
+    "microbatches": ({}, {"ubatch_size": 2}, ["remove", "--enable-dbo", "--ubatch-size"]),
     "reference sliding window": ({"rswa_window": 64}, {}, ["reference", "--attention-backend"]),
     "page size": (
         {},
@@ -476,6 +505,13 @@ def test_more_query_heads_per_kv_head_than_gpu_operators_take(
     for reason in reasons:
         assert f"{num_heads} query heads per KV head" in reason
         assert "--tensor-parallel-size" in reason and "--attention-backend" in reason
+
+
+def test_drafts_trimmed_on_the_device_are_refused():
+    layer = AttentionSelectorConfig(64, torch.bfloat16, "auto", None)
+    assert list(layer_reasons(layer)) == []
+    [reason] = layer_reasons(layer._replace(use_adaptive_verification=True))
+    assert "remove enable_adaptive_verification from --speculative-config" in reason
 
 
 UNSERVED_DRAFTS = {

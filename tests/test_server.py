@@ -85,6 +85,48 @@ def test_a_bad_budget_is_refused_and_the_server_goes_on(client, demo_model, hays
     assert ask(client, demo_model, haystack, fact, **budget(4096)).strip() == fact.code
 
 
+def test_a_bad_budget_ends_a_stream_with_what_is_allowed(client, demo_model, haystack):
+    """The status was sent before."""
+    with pytest.raises(openai.APIError, match="positive number of tokens"):
+        ask(client, demo_model, haystack, haystack.facts[0], **budget(0))
+
+
+ENDPOINTS = {
+    "completions": lambda text: {"prompt": text, "max_tokens": 4},
+    "chat/completions": lambda text: {"messages": message(text), "max_tokens": 4},
+    "responses": lambda text: {"input": text, "max_output_tokens": 4},
+    "messages": lambda text: {"messages": message(text), "max_tokens": 4},
+}
+
+
+def message(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def post(client, endpoint: str, model: str, text: str, token_budget: int) -> None:
+    body = {"model": model, **ENDPOINTS[endpoint](text), **budget(token_budget)["extra_body"]}
+    client.post(f"/{endpoint}", body=body, cast_to=object)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_endpoint_refuses_a_bad_budget(client, demo_model, endpoint):
+    with pytest.raises(openai.BadRequestError, match="positive number of tokens"):
+        post(client, endpoint, demo_model, "the code of amber falcon is", 0)
+
+
+def test_every_endpoint_serves_a_budget(client, demo_model):
+    time.sleep(2 * LOOK_EVERY_S)  # for what other tests left
+    before = quest_metrics(client)
+    short = make_haystack(600, 4, seed=5)
+    for endpoint in ENDPOINTS:
+        post(client, endpoint, demo_model, short.prompt(short.facts[0]), 32)
+    time.sleep(2 * LOOK_EVERY_S)
+    new = {name: value - before.get(name, 0) for name, value in quest_metrics(client).items()}
+    sparse_rows, dense_rows, _, pages_read, _ = new.values()
+    assert dense_rows == 0 and sparse_rows % len(ENDPOINTS) == 0 < sparse_rows
+    assert pages_read == sparse_rows * 32 / 16
+
+
 def test_a_misspelt_field_is_refused_with_the_right_name(client, demo_model):
     misspelt = {"extra_body": {"vllm_xargs": {"quest_budget": 1024}}}
     with pytest.raises(openai.BadRequestError, match=r"quest_budget.*quest_token_budget"):

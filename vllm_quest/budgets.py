@@ -41,12 +41,13 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
     """The token budget that a request asks for: tokens, UNLIMITED or SERVER_DEFAULT.
 
     Raises:
-        ValueError: the value, or a key that begins with `quest_`, is not one that QUEST knows.
+        ValueError: the value, or a key that begins with `quest_` in whatever spelling, is not one
+            that QUEST knows.
     """
     if not extra_args:
         return SERVER_DEFAULT
     for key in extra_args:
-        if key.startswith(PREFIX) and key != FIELD:
+        if key != FIELD and key.lower().replace("-", "_").startswith(PREFIX):
             raise ValueError(f"unknown field {shown(key)}; did you mean {FIELD!r}?")
     if FIELD not in extra_args:
         return SERVER_DEFAULT

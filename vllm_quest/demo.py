@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vllm_quest import layout
-from vllm_quest.budgets import FIELD
+from vllm_quest.budgets import FIELD, requested_budget
 from vllm_quest.config import UNLIMITED, QuestConfig, Score
 from vllm_quest.pass_keys import CODE_WORDS, Fact, Haystack, make_haystack
 
@@ -28,6 +28,8 @@ START_LIMIT_S = 240
 TOKENS_PER_FACT = 128
 TOKENS_PER_ANSWER = 64
 TOKENS_TO_WARM_UP = 8
+TOKENS_BESIDE_TEXT = 128
+"""Room for the question, the chat template and the answer."""
 DECODE_SECONDS = "vllm:request_decode_time_seconds_sum"
 SETTINGS = QuestConfig(dense_layers=0)
 """All layers of the bundled model are sparse, so that all of them show what QUEST does."""
@@ -67,10 +69,15 @@ def run_demo(
     seed: int,
 ) -> int:
     """Serve with each score in turn, ask, print the table. Returns the exit status."""
+    try:
+        _check(context_tokens, num_questions, budgets)
+        num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
+        haystack = make_haystack(context_tokens, num_facts, seed=seed)
+    except ValueError as error:
+        print(f"vllm-quest demo: {error}", file=sys.stderr)
+        return 1
     # SIGTERM, which `timeout` sends, would else leave the server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    num_facts = max(num_questions, context_tokens // TOKENS_PER_FACT)
-    haystack = make_haystack(context_tokens, num_facts, seed=seed)
     asked = haystack.facts[:: num_facts // num_questions][:num_questions]
     full = Outcome(scores[0], UNLIMITED)
     outcomes = [full] + [Outcome(score, budget) for budget in budgets for score in scores]
@@ -83,6 +90,22 @@ def run_demo(
     print(f"\n{table(outcomes, haystack.num_tokens)}")
     print(CLOSING, end="")
     return 0
+
+
+def _check(context_tokens: int, num_questions: int, budgets: Sequence[int]) -> None:
+    """Refuse what the server would refuse, before it is started.
+
+    Raises:
+        ValueError: an option's value, and what is allowed.
+    """
+    if num_questions < 1:
+        raise ValueError(f"--questions is {num_questions}; allowed: a positive number")
+    config = json.loads((MODEL / "config.json").read_text())
+    longest = config["max_position_embeddings"] - TOKENS_BESIDE_TEXT
+    if not 1 <= context_tokens <= longest:
+        raise ValueError(f"--context is {context_tokens}; allowed: 1 to {longest}")
+    for budget in budgets:
+        requested_budget({FIELD: budget})
 
 
 def _ask_all(

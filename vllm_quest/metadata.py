@@ -23,6 +23,7 @@ from vllm_quest.layers import dense_layer_names, is_full_attention, why_nothing_
 from vllm_quest.monitor import Monitor
 from vllm_quest.ops import UNLIMITED_PAGES
 from vllm_quest.platforms import BatchPlanner, PrefillPlan, this_platform
+from vllm_quest.support import OTHER_BACKEND
 
 # A name below vLLM's, so that its handlers and levels apply.
 logger = init_logger("vllm.quest")
@@ -123,7 +124,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         if type(spec) is not FullAttentionSpec:
             raise ValueError(
                 f"QUEST expected full attention in layers {self.layer_names[0]}..., got "
-                f"{type(spec).__name__}; choose another --attention-backend"
+                f"{type(spec).__name__}; {OTHER_BACKEND}"
             )
         tokens, _ = layout.unit(self.quest.page_size, self.quest.score)
         if spec.block_size % tokens != 0:
@@ -150,7 +151,7 @@ class QuestMetadataBuilder(AttentionMetadataBuilder[QuestMetadata]):
         if self.planner is None:
             return metadata
         if batch.causal is not True:
-            raise ValueError("QUEST attends causally; this batch does not")
+            raise ValueError(f"QUEST attends causally, and this batch does not; {OTHER_BACKEND}")
         self.monitor.before_step()
 
         query_lens, is_prefilling = self._requests(batch)

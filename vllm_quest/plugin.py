@@ -56,10 +56,21 @@ def load_member() -> "AttentionBackendEnum":
 
 
 def is_selected(vllm_config: "VllmConfig") -> bool:
-    """Whether any of the model's layers is to use QUEST."""
+    """Whether the full-attention layers, where alone pages are chosen, are to use QUEST."""
     attention = vllm_config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(backend is not None and backend.name == NAME for backend in chosen)
+    return _is_quest(attention.backend_per_kind.get("full_attention", attention.backend))
+
+
+def is_named(vllm_config: "VllmConfig") -> bool:
+    """Whether any option names QUEST: for layers of some kind, or for the draft model."""
+    attention, speculation = vllm_config.attention_config, vllm_config.speculative_config
+    draft_backend = None if speculation is None else speculation.attention_backend
+    chosen = [attention.backend, draft_backend, *attention.backend_per_kind.values()]
+    return any(map(_is_quest, chosen))
+
+
+def _is_quest(backend: "AttentionBackendEnum | None") -> bool:
+    return backend is not None and backend.name == NAME
 
 
 def _make_picklable(member: "AttentionBackendEnum") -> None:
@@ -95,12 +106,18 @@ def _platform_wraps() -> Callable[[], None]:
         check_config(vllm_config)
         if is_selected(vllm_config):
             _prepare(vllm_config)
+        elif is_named(vllm_config):
+            raise ValueError(
+                "QUEST is named, but not for the model's full-attention layers, where alone it "
+                "chooses pages: set --attention-backend QUEST, or leave it out of "
+                "--attention-config and --speculative-config"
+            )
 
     @functools.wraps(get_backend)
     def get_attn_backend_cls(
         selected_backend: Any, attn_selector_config: Any, *more: Any, **named: Any
     ) -> Any:
-        if selected_backend is not None and selected_backend.name == NAME:
+        if _is_quest(selected_backend):
             from vllm_quest.support import serves_layer
 
             if not serves_layer(attn_selector_config):

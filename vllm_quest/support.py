@@ -157,7 +157,17 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             f"{GROUP_TOKENS}, or another score"
         )
 
+    if cache.kv_sharing_fast_prefill:
+        yield (
+            "--kv-sharing-fast-prefill keeps from backends which requests read prompts and which "
+            "request is which; remove it"
+        )
     parallel = vllm_config.parallel_config
+    if parallel.use_ubatching:
+        yield (
+            "microbatches were not tried, and vLLM's V1 runner keeps from backends which requests "
+            "they hold; remove --enable-dbo and --ubatch-size"
+        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield (
             "context parallelism splits a request's pages over GPUs; remove "
@@ -186,6 +196,11 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
         yield _PER_HEAD
     if selector.use_batch_invariant:
         yield f"VLLM_BATCH_INVARIANT is set; unset it, or {OTHER_BACKEND}"
+    if selector.use_adaptive_verification:
+        yield (
+            "adaptive verification trims drafts on the GPU alone, and QUEST plans rows on the "
+            "host; remove enable_adaptive_verification from --speculative-config"
+        )
     if selector.use_pcp or selector.use_dcp:
         yield "context parallelism is configured; remove it"
     yield from _shape_reasons(selector.head_size, selector.dtype, current_platform.device_type)
@@ -210,6 +225,13 @@ def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
         yield (
             "the model's image tokens attend to later ones (not causal); serve text alone with "
             f"--language-model-only, or {OTHER_BACKEND}"
+        )
+    if getattr(config, "prefix_lm", None) is not None:
+        yield f"the model's prompts attend to later tokens (not causal); {OTHER_BACKEND}"
+    if getattr(config, "param_sink_number", 0):
+        yield (
+            "the model attends to sink tokens of its own with a backend of its own, whatever is "
+            "chosen: leave --attention-backend out"
         )
     if model.rswa_window is not None:
         yield f"the model uses reference sliding-window attention; {OTHER_BACKEND}"
