@@ -229,6 +229,21 @@ FAMILIES = {
         | {"query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh"},
         1,
     ),
+    "Gemma 3n": Family(
+        "Gemma3nForCausalLM",
+        "gemma3n_text",
+        heads(4, 1, 256)
+        | windows("w", "f", "w", "f", "w", "f")
+        | {
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 16,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        2,
+    ),
     "GPT-2": Family(
         "GPT2LMHeadModel",
         "gpt2",

@@ -1,5 +1,6 @@
 """`vllm-quest explain` records what the operators did, weighs it right, and draws it."""
 
+import argparse
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_mod
 from vllm_quest import cli, ops, reference
 from vllm_quest.config import SCORES, QuestConfig
 from vllm_quest.explain import request as request_module
+from vllm_quest.explain.command import add_options
 from vllm_quest.explain.drawing import MISSED, NOT_READ, colours, draw
 from vllm_quest.explain.recording import LayerRecord, Recorder, page_truth, score_errors
 from vllm_quest.explain.request import CannotExplain, Explanation, Request, find
@@ -237,6 +239,14 @@ def test_a_model_of_ones_own_needs_a_prompt(capsys):
     status, lines = explain_in_process(capsys, "some/model")
     assert status == 1
     assert "--prompt-file is missing" in lines[-1]
+
+
+@pytest.mark.parametrize("layers", ["a", "0,,1", "3-1", "0,3-1", "-1"])
+def test_a_list_that_is_none_is_refused(layers, capsys):
+    add_options(parser := argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--layers={layers}"])
+    assert "is no list such as 0,2,8-15" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named(capsys, monkeypatch):

@@ -4,9 +4,11 @@ import copy
 import pickle
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import cloudpickle
 import pytest
+from vllm import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from engines import DENSE, generate, greedy, random_prompts, write_model
@@ -69,6 +71,19 @@ def test_unselected_vllm_behaves_as_without_the_plugin(tmp_path, monkeypatch):
         answers.append(process.stdout.splitlines()[-1])
     assert answers[0].startswith("CPUAttentionBackendImpl")
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("backend", [DENSE, "QUEST"])
+def test_settings_without_the_backend_are_told_of(tmp_path, monkeypatch, backend):
+    """As where the backend is named by VLLM_ATTENTION_BACKEND, which vLLM no longer reads."""
+    monkeypatch.setattr(plugin, "logger", log := Mock())
+    settings = {"quest": {"token_budget": 64}}
+    options = {"attention_backend": backend, "additional_config": settings}
+    EngineArgs(write_model(tmp_path), skip_tokenizer_init=True, **options).create_engine_config()
+    told = [call.args[0] for call in log.warning.call_args_list]
+    assert ["QUEST is not chosen: attention is dense" in text for text in told] == (
+        [True] if backend == DENSE else []
+    )
 
 
 def test_selected_by_kind_of_layer(tmp_path):

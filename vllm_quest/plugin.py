@@ -6,6 +6,7 @@ but not selected, vLLM behaves as without this package, also where this package 
 
 import functools
 import logging
+import multiprocessing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,19 @@ def is_named(vllm_config: "VllmConfig") -> bool:
     return any(map(_is_quest, chosen))
 
 
+def has_idle_settings(vllm_config: "VllmConfig") -> bool:
+    """Whether a configuration that does not name QUEST has settings of it.
+
+    Said once, in the user's own process. Where vLLM speculates, nobody knows: it makes the draft
+    model a configuration of its own, with the settings of the model's.
+    """
+    if multiprocessing.current_process().name.startswith("EngineCore"):
+        return False
+    settings = vllm_config.additional_config
+    is_draft = vllm_config.speculative_config is not None
+    return not is_draft and isinstance(settings, dict) and NAME.lower() in settings
+
+
 def _is_quest(backend: "AttentionBackendEnum | None") -> bool:
     return backend is not None and backend.name == NAME
 
@@ -111,6 +125,11 @@ def _platform_wraps() -> Callable[[], None]:
                 "QUEST is named, but not for the model's full-attention layers, where alone it "
                 "chooses pages: set --attention-backend QUEST, or leave it out of "
                 "--attention-config and --speculative-config"
+            )
+        elif has_idle_settings(vllm_config):
+            logger.warning(
+                "additional_config has settings of QUEST, and QUEST is not chosen: attention is "
+                "dense. Set --attention-backend QUEST, or leave them out."
             )
 
     @functools.wraps(get_backend)

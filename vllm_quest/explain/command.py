@@ -258,7 +258,10 @@ def _numbers(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            numbers.update(range(int(first), int(last or first) + 1))
+            run = range(int(first), int(last or first) + 1)
+            if not run:
+                raise ValueError(f"{part} goes backwards")
+            numbers.update(run)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0,2,8-15") from None
     return sorted(numbers)
