@@ -136,7 +136,7 @@ def start(
 def decode_step_ms(
     llm: Any, num_requests: int, context: int, num_tokens: int, budget: int | None
 ) -> float | None:
-    """Median time of the steps in which every request decodes; None if they do not fit the GPU.
+    """Median time of the steps in which every request decodes; None if there are too few.
 
     `budget` is that of every request in tokens; None: of the engine, if it has one.
     """
@@ -147,6 +147,13 @@ def decode_step_ms(
     blocks = num_requests * -(-context // cache.block_size)
     if blocks > cache.num_gpu_blocks:
         print(f"{num_requests} x {context}: {blocks} blocks do not fit {cache.num_gpu_blocks}")
+        return None
+    steps = -(-num_requests * (context - num_tokens) // TOKENS_PER_STEP)
+    if num_tokens <= steps + 2 * EDGE_STEPS:
+        print(
+            f"{num_requests} x {context}: the first request ends before the last is prefilled, in "
+            f"{steps} steps; raise --tokens to {steps + 10 * EDGE_STEPS}"
+        )
         return None
     own_budget = {} if budget is None else {"extra_args": {FIELD: budget}}
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **own_budget)
@@ -208,12 +215,6 @@ def main() -> None:
             parser.error(
                 f"{model}:{requests}x{context} has no room for a prompt before {arguments.tokens} "
                 "output tokens: name more tokens, or lower --tokens"
-            )
-        steps = -(-requests * (context - arguments.tokens) // TOKENS_PER_STEP)
-        if arguments.tokens <= steps + 2 * EDGE_STEPS:
-            parser.error(
-                f"{model}:{requests}x{context} is prefilled in {steps} steps, and the first "
-                f"request ends before: raise --tokens to {steps + 10 * EDGE_STEPS}"
             )
 
     print_machine()
