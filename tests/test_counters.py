@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_quest
 from batch import Shape, make_batch
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
-from vllm_quest import monitor, ops, reference
+from vllm_quest import layout, monitor, ops, reference
 from vllm_quest.counters import Counts, QuestStats, total
 
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
@@ -154,6 +154,17 @@ def test_shares():
     assert stats.share_of_pages_read == 0.25
     assert stats.share_of_kv_bytes_read == 0.25 + 0.8 / 16
     assert QuestStats().share_of_kv_bytes_read == 0
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+@pytest.mark.parametrize("score", ["minmax", "mean_std", "codes"])
+def test_bytes_of_scoring_are_the_rows_that_a_block_has_for_it(score, page_size):
+    """All pages of a block scored, and none read."""
+    tokens = 256
+    pages = tokens // page_size
+    stats = QuestStats(pages_scored=pages, pages_full=pages, page_size=page_size, score=score)
+    rows = layout.block_rows(tokens, page_size, score) - tokens
+    assert stats.share_of_kv_bytes_read == rows / tokens
 
 
 class OtherExtension:

@@ -7,6 +7,10 @@ ends of prompts. Not counted: other prefill, sliding-window layers, padding.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_quest.config import Score
 
 WORKER_EXTENSION = "vllm_quest.monitor.WorkerExtension"
 WORKER_METHOD = "quest_counts"
@@ -24,7 +28,7 @@ class Counts:
     """Rows that attended in full: short ones, those of dense layers, those without a budget."""
 
     pages_scored: int = 0
-    """Pages whose bounds were read, to choose among them."""
+    """Pages whose bounds or codes were read, to choose among them."""
 
     pages_read: int = 0
     """Pages whose keys and values were read."""
@@ -44,10 +48,13 @@ class QuestStats(Counts):
     page_size: int = 16
     """Tokens per page."""
 
+    score: "Score" = "minmax"
+    """What pages were scored by."""
+
     @classmethod
-    def of(cls, counts: Counts, page_size: int) -> "QuestStats":
+    def of(cls, counts: Counts, page_size: int, score: "Score" = "minmax") -> "QuestStats":
         """Counts over pages of so many tokens."""
-        return cls(**vars(counts), page_size=page_size)
+        return cls(**vars(counts), page_size=page_size, score=score)
 
     @property
     def share_of_rows_sparse(self) -> float:
@@ -63,11 +70,17 @@ class QuestStats(Counts):
     def share_of_kv_bytes_read(self) -> float:
         """Bytes read among those that full attention would have read, 0 or more; 0 if none.
 
-        A page's bounds, read while scoring, are as large as one of its tokens: 1 / page_size of its
-        keys and values.
+        What pages are scored by is counted by its rows in the block (`layout`), each as large as a
+        token's key and value: 1 / page_size of a page for bounds, 9 / 128 for codes. With codes,
+        what else is read counts for nothing: the newest keys, which have no codes yet, and masses.
+        An fp32 cache reads 5 of the 9 rows.
         """
-        tokens_read = self.pages_read * self.page_size + self.pages_scored
-        return _share(tokens_read, self.pages_full * self.page_size)
+        # Here, since every vLLM process imports this module: it stays as light as it is.
+        from vllm_quest import layout
+
+        unit_tokens, unit_rows = layout.unit(self.page_size, self.score)
+        read = self.pages_read * unit_tokens + self.pages_scored * unit_rows
+        return _share(read, self.pages_full * unit_tokens)
 
 
 def total(counts: Iterable[Counts]) -> Counts:

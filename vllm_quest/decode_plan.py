@@ -65,7 +65,7 @@ class DecodePlan:
     workspace: Tensor | None
     """Scratch of `ops.sparse_decode` and `ops.cluster_decode`."""
 
-    beside_write: bool = True
+    beside_write: bool = False
     """Whether decoding may begin while the step's keys are still being written: the rows' pages,
     but for the last GROWING_PAGES, are of earlier steps (csrc/cuda/DESIGN.md)."""
 

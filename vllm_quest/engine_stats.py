@@ -31,4 +31,4 @@ def stats(llm: "LLM") -> QuestStats:
         )
     workers = llm.collective_rpc(WORKER_METHOD)
     counts = total(Counts(*worker["counts"]) for worker in workers)
-    return QuestStats.of(counts, workers[0]["page_size"])
+    return QuestStats.of(counts, workers[0]["page_size"], workers[0]["score"])

@@ -37,7 +37,7 @@ UNIT = "per decode row, layer and KV head"
 HELP = {
     "vllm:quest_sparse_rows": "Rows that attended to selected pages",
     "vllm:quest_dense_rows": "Rows that attended in full",
-    "vllm:quest_pages_scored": "Pages whose bounds were read",
+    "vllm:quest_pages_scored": "Pages whose bounds or codes were read",
     "vllm:quest_pages_read": "Pages whose keys and values were read",
     "vllm:quest_pages_full": "Pages that full attention would have read",
 }

@@ -36,7 +36,7 @@ class Monitor:
     )
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        self.page_size = QuestConfig.from_vllm(vllm_config).page_size
+        self.quest = QuestConfig.from_vllm(vllm_config)
         num_counters = len(Counts().values())
         self.counters = _zeros_beside_pools(num_counters, device)
         """[5] int64, in the order of `Counts`. Stays in place: CUDA graphs hold its address."""
@@ -106,7 +106,8 @@ class Monitor:
         self._logged = _Logged(now, counts)
         if self._logs and counts.pages_full > before.pages_full:
             recent = map(operator.sub, counts.values(), before.values())
-            logger.info("%s", describe(QuestStats.of(Counts(*recent), self.page_size)))
+            stats = QuestStats.of(Counts(*recent), self.quest.page_size, self.quest.score)
+            logger.info("%s", describe(stats))
 
 
 def _is_replica(vllm_config: VllmConfig) -> bool:
@@ -170,11 +171,11 @@ class WorkerExtension:
     vllm_config: VllmConfig
 
     def quest_counts(self) -> dict[str, Any]:
-        """This worker's counts, in the order of `Counts`, and the page size in tokens.
+        """This worker's counts, in the order of `Counts`, the page size in tokens, and the score.
 
         They are 0 where another worker counts for the same KV heads.
         """
         monitor = Monitor.existing(self.vllm_config)
-        page_size = QuestConfig.from_vllm(self.vllm_config).page_size
+        quest = QuestConfig.from_vllm(self.vllm_config)
         counts = Counts() if monitor is None or monitor.is_replica else monitor.counts()
-        return {"counts": counts.values(), "page_size": page_size}
+        return {"counts": counts.values(), "page_size": quest.page_size, "score": quest.score}

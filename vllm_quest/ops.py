@@ -374,7 +374,7 @@ def cluster_decode(
             (csrc/cuda/DESIGN.md, "Decode begins beside the write"). It holds for rows whose pages
             are of earlier steps, but for the last GROWING_PAGES; others need the budget
             UNSETTLED_PAGES. Not with the score `codes`, since `weigh_pages` comes in between.
-        masses: from `weigh_pages`, for the score `codes`.
+        masses: from `weigh_pages`, for the score `codes`, of which `score` tells; else None.
 
     Raises:
         RuntimeError: the GPU has no clusters, the block table holds more pages a row than
@@ -423,10 +423,11 @@ def max_cluster_pages(
 
 
 def decode_workspace(group_size: int, head_size: int, device: torch.device) -> Tensor | None:
-    """Make what `sparse_decode` needs on a device to merge its partial results; None on the CPU.
+    """Make what `sparse_decode` and `cluster_decode` merge partial results in; None on the CPU.
 
-    Launches that can overlap need one each. Make it before a CUDA graph is captured: it must hold
-    zeros before its first use, and does after every use.
+    `[size]` int32, as large as the GPU and the heads need. Launches that can overlap need one each.
+    Make it before a CUDA graph is captured: it must hold zeros before its first use, and does after
+    every use.
     """
     if device.type == "cpu":
         return None

@@ -1,7 +1,8 @@
 """What QUEST cannot serve, and what to do about it: each refusal is one line.
 
-Two gates. `refuse_unsupported` sees the whole configuration in the user's own process, before any
-weight is read. `layer_reasons` sees what only an attention layer knows, such as its sinks.
+Three gates. `refuse_unsupported` sees the whole configuration in the user's own process, before any
+weight is read. `layer_reasons` sees what only an attention layer knows, such as its sinks, and
+`sink_head_reasons` what is known once the layer's dense backend was made.
 """
 
 from collections.abc import Iterator
@@ -238,7 +239,7 @@ def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
 
 
 def _head_size_reasons(model: "ModelConfig") -> Iterator[str]:
-    """Layers whose keys or values are of other sizes than the rest."""
+    """Values of another size than keys; `layer_reasons` sees the head size of each layer."""
     config, head_size = model.hf_text_config, model.get_head_size()
     value_size = getattr(config, "v_head_dim", None) or head_size
     if value_size != head_size:
@@ -246,7 +247,7 @@ def _head_size_reasons(model: "ModelConfig") -> Iterator[str]:
 
 
 def _group_reasons(model: "ModelConfig", parallel: "ParallelConfig", device: str) -> Iterator[str]:
-    """Query heads per KV head that no GPU operator takes."""
+    """More query heads per KV head than the GPU operators take."""
     from vllm_quest.ops import MAX_GROUP_SIZE
 
     group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
@@ -354,7 +355,10 @@ _PER_HEAD = (
 def _fp8_reasons(
     vllm_config: "VllmConfig", quest: QuestConfig, scheme: dict[str, Any]
 ) -> Iterator[str]:
-    """What QUEST has not with an fp8 cache; `scheme` is the checkpoint's own of the cache."""
+    """What QUEST does not serve with an fp8 cache.
+
+    `scheme` is the checkpoint's `kv_cache_scheme`; empty if it has none.
+    """
     if scheme.get("strategy") == "attn_head":
         yield _PER_HEAD
     if quest.score == "codes":

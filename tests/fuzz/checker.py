@@ -45,6 +45,8 @@ MAX_FAULTS = 20
 ROOM_NUMBERS = 1 << 26
 """Keys and values that are compared at a time: some copies of them in fp64 take GiBs."""
 ROWS_AT_ONCE = {"cpu": 16, "cuda": 128}
+NEAR_TIE = 1e-4
+"""Leads of scores, relative to the largest of their row, that are kept."""
 
 REAL = {
     name: getattr(ops, name)
@@ -281,7 +283,7 @@ class Checker:
         """Lengths, budgets and blocks."""
         max_pages = -(-self.runner.max_model_len // self.quest.page_size)
         found_lens, found_budgets = found.seq_lens.tolist(), found.budget_pages.tolist()
-        block_tokens = found.block_table.shape[1] and self.block_tokens()
+        block_tokens = self.block_tokens()
         table = found.block_table.cpu()
         if len(found_lens) != len(rows):
             self.fault(f"{len(found_lens)} rows; requests have {len(rows)}")
@@ -487,9 +489,7 @@ class Checker:
         before = None if counters is None else counters.clone()
         scratch = {"workspace": workspace, "counters": counters}
         REAL["sparse_decode"](query, kv_cache, rows, pages, out, **scratch, **options)
-        expected = self.check(query, kv_cache, rows, pages, out, **options)
-        self.check_counters(before, counters, expected)
-        self.scored = None
+        self.check_call(query, kv_cache, rows, pages, out, before, counters, **options)
 
     def cluster_decode(
         self,
@@ -508,8 +508,25 @@ class Checker:
             for name in ("page_size", "score", "scale", "soft_cap", "sinks", "scales")
         }
         pages = self.choose(query, kv_cache, rows, **layer)
+        self.check_call(query, kv_cache, rows, pages, out, before, counters, **layer)
+
+    def check_call(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: ops.Rows,
+        pages: Tensor,
+        out: Tensor,
+        before: Tensor | None,
+        counters: Tensor | None,
+        **layer: Any,
+    ) -> None:
+        """Compare one call of a decode operator, and what its counters grew by since `before`."""
         expected = self.check(query, kv_cache, rows, pages, out, **layer)
-        self.check_counters(before, counters, expected)
+        if before is not None and counters is not None:
+            grown = (counters - before).tolist()
+            if grown != expected.tolist():
+                self.fault(f"counters grew by {grown}, not {expected.tolist()}")
         self.scored = None
 
     def choose(
@@ -715,13 +732,6 @@ class Checker:
                     self.leads.setdefault(row.request_id, []).append((row.seq_len, lead))
         return chosen
 
-    def check_counters(self, before: Tensor | None, after: Tensor | None, expected: Tensor) -> None:
-        """A call adds exactly what its rows read."""
-        if before is not None and after is not None:
-            found = (after - before).tolist()
-            if found != expected.tolist():
-                self.fault(f"counters grew by {found}, not {expected.tolist()}")
-
 
 def counts(blocks: Blocks, budget: Tensor, is_sparse: Tensor) -> Tensor:
     """What rows add to the counters, `[5]` int64 on the host, in the order of `counters.Counts`."""
@@ -735,10 +745,6 @@ def counts(blocks: Blocks, budget: Tensor, is_sparse: Tensor) -> Tensor:
         num_pages.sum(),
     ]
     return torch.stack(per_head).cpu() * blocks.cache.shape[1]
-
-
-NEAR_TIE = 1e-4
-"""Leads of scores, relative to the largest of their row, that are kept."""
 
 
 def start_checks(worker: Any) -> None:
@@ -763,8 +769,8 @@ def start_checks(worker: Any) -> None:
     def checked_execute(*args: Any, **named: Any) -> Any:
         return checker.step(execute, *args, **named)
 
-    replaced = ("write_kv", "score", "score_codes", "sparse_decode", "cluster_decode")
-    operators = {name: getattr(checker, name) for name in replaced}
+    # What `select` chose is checked where it is attended to.
+    operators = {name: getattr(checker, name) for name in REAL if name != "select"}
     patches.enter_context(mock.patch.multiple(ops, **operators))
     patches.enter_context(mock.patch.object(QuestMetadataBuilder, "build", checked_build))
     patches.enter_context(mock.patch.object(QuestImpl, "forward", checked_forward))
