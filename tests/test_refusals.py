@@ -315,6 +315,13 @@ def test_it_is_refused_with_a_cure(tmp_path, what):
         assert word in lines[0]
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_a_layout_that_scatters_pages_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "NHD")
+    message = refusal(write_model(tmp_path))
+    assert "VLLM_KV_CACHE_LAYOUT is NHD" in message and "unset it, or set it to LBHNC" in message
+
+
 SINKS_REFUSED = {
     "FlashAttention 2": (
         {"attention_config": {"flash_attn_version": 2}, "dtype": "bfloat16"},

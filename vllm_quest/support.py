@@ -158,6 +158,7 @@ def _reasons(vllm_config: "VllmConfig", quest: QuestConfig) -> Iterator[str]:
             f"{GROUP_TOKENS}, or another score"
         )
 
+    yield from _layout_reasons()
     if cache.kv_sharing_fast_prefill:
         yield (
             "--kv-sharing-fast-prefill keeps from backends which requests read prompts and which "
@@ -212,6 +213,21 @@ def layer_reasons(selector: "AttentionSelectorConfig") -> Iterator[str]:
         selector.head_size,
         has_sinks=selector.has_sink,
     )
+
+
+def _layout_reasons() -> Iterator[str]:
+    """A layout of KV blocks that scatters a page; vLLM would refuse it once weights were read."""
+    from vllm import envs
+
+    from vllm_quest.backend import QuestBackend
+
+    requested = envs.VLLM_KV_CACHE_LAYOUT
+    allowed = [each.name for each in QuestBackend.supported_kv_cache_layouts()]
+    if requested not in (None, "HND", *allowed):  # HND is vLLM's older name of the first
+        yield (
+            f"VLLM_KV_CACHE_LAYOUT is {requested}, where a page of a KV head does not lie in one "
+            f"piece; unset it, or set it to {' or '.join(allowed)}"
+        )
 
 
 def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
