@@ -24,8 +24,9 @@ from engines import ON_GPU, engine
 
 from . import models
 from .cases import Case, EngineCase, RequestCase, Wave
-from .checker import Totals, start_checks, stop_checks, take_report
+from .checker import Totals
 from .graphs import tapped
+from .hooks import start_checks, stop_checks, take_report
 from .mended import mended
 from .roundings import spread_of_lead
 
