@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.accuracy import report, selections, side_by_side
 from benchmarks.accuracy.cells import FULL, Cell, Result, Store
-from benchmarks.accuracy.cli import main
+from benchmarks.accuracy.cli import main, parser
 from benchmarks.accuracy.interface import Answer, Prompt, ignore, num_tokens
 from benchmarks.accuracy.intervals import bootstrap, share_right
 from benchmarks.accuracy.measure import Measurement
@@ -585,5 +585,26 @@ def test_processes_side_by_side_make_one_report(demo_model, tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     assert "full: 100.0 %" in report and "| tova | " in report
     assert capsys.readouterr().out.count("Skipped: multi_query") == 1
-    with pytest.raises(SystemExit, match="at least 1"):
-        main([*arguments, "--processes", "0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--processes", "0"], "--processes is 0; it takes at least 1"),
+        (["--budgets", "64", "0"], "--budgets is 0; it takes at least 1"),
+        (["--dense-layers", "-1"], "--dense-layers is -1; it takes at least 0"),
+        (["--samples", "0"], "--samples is 0; it takes at least 1"),
+        (["--scores", "minmax", "maximum"], "unknown score 'maximum'; known: minmax"),
+        (["--methods", "best"], "unknown method 'best'; known: full"),
+        (["--filler", "text"], "give one with --text FILE"),
+    ],
+)
+def test_bad_options_leave_with_one_line(demo_model, tmp_path, options, words):
+    with pytest.raises(SystemExit, match=words):
+        main([demo_model, "--out", str(tmp_path), "--report-only", *options])
+
+
+def test_help_shows_defaults_that_say_something():
+    text = parser().format_help()
+    assert "default: None" not in text
+    assert "default: 256" in " ".join(text.split())

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.help import DefaultsThatSay
+
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 CONTEXTS = (4096, 16_384, 32_768)
 CROSS_CHECKS = ("full-hf", "quest-hf")
@@ -26,16 +28,37 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.accuracy",
         description="Measure what a token budget costs a model in accuracy, method by method. "
         "A run that was stopped goes on where it was when it is started again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsThatSay,
     )
     add = parser.add_argument
     add("model", help="path or name of the model")
     add("--out", type=Path, required=True, help="folder for the report; made if missing")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="or 'longbench': all six")
     add("--methods", nargs="+", metavar="METHOD", help="default: all but the cross-checks")
-    add("--budgets", nargs="+", type=int, default=list(BUDGETS), metavar="TOKENS")
-    add("--contexts", nargs="+", type=int, default=list(CONTEXTS), metavar="TOKENS")
-    add("--dense-layers", nargs="+", type=int, default=[2], metavar="LAYERS")
+    add(
+        "--budgets",
+        nargs="+",
+        type=int,
+        default=list(BUDGETS),
+        metavar="TOKENS",
+        help="what methods may read or keep of a context",
+    )
+    add(
+        "--contexts",
+        nargs="+",
+        type=int,
+        default=list(CONTEXTS),
+        metavar="TOKENS",
+        help="lengths of the prompts",
+    )
+    add(
+        "--dense-layers",
+        nargs="+",
+        type=int,
+        default=[2],
+        metavar="LAYERS",
+        help="layers at the front that attend in full; each number is measured",
+    )
     add("--scores", nargs="+", default=["minmax"], metavar="SCORE", help="QUEST's page scores")
     add("--seeds", type=int, default=3, help="sets of samples")
     add("--samples", type=int, default=32, help="samples per seed")
@@ -157,10 +180,21 @@ def _plan(options: argparse.Namespace, tokens: Any) -> Any:
     from benchmarks.accuracy.measure import VLLM_METHODS, transformers_methods
     from benchmarks.accuracy.plan import Plan
     from benchmarks.accuracy.tasks import ALL
+    from vllm_quest.config import SCORES
 
     known_methods = (*VLLM_METHODS, *transformers_methods())
     if options.processes < 1:
         raise SystemExit(f"--processes is {options.processes}; it takes at least 1")
+    for name, numbers, least in (
+        ("--budgets", options.budgets, 1),
+        ("--contexts", options.contexts, 1),
+        ("--dense-layers", options.dense_layers, 0),
+        ("--seeds", [options.seeds], 1),
+        ("--samples", [options.samples], 1),
+    ):
+        if min(numbers) < least:
+            raise SystemExit(f"{name} is {min(numbers)}; it takes at least {least}")
+    _check("score", options.scores, SCORES)
     if options.filler == "text" and options.text is None:
         raise SystemExit("--filler text needs a text: give one with --text FILE")
     tasks = []

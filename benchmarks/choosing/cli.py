@@ -17,6 +17,7 @@ from benchmarks.choosing.attention import Model
 from benchmarks.choosing.measure import measure_window
 from benchmarks.choosing.methods import BASELINE, METHODS, Method
 from benchmarks.choosing.samples import Samples
+from benchmarks.help import DefaultsThatSay
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,24 +29,31 @@ def parser() -> argparse.ArgumentParser:
         "stays full attention's, and how many hidden facts it finds. A run that was stopped goes "
         "on after its last finished window.",
         epilog="methods: " + "; ".join(method.name for method in METHODS),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsThatSay,
     )
     add = parser.add_argument
     add("model", help="a folder in --checkpoints, a path, or a name of the hub")
     add("--out", type=Path, required=True, help="folder for the report; made if missing")
     add("--checkpoints", type=Path, help="folder of checkpoints, and of text.txt")
     add("--text", type=Path, help="text file; default: text.txt of --checkpoints")
-    add("--context", type=int, default=16_384, metavar="TOKENS")
+    add("--context", type=int, default=16_384, metavar="TOKENS", help="length of a window")
     add("--steps", type=int, default=256, help="tokens at a window's end that are decoded")
     add("--windows", type=int, default=6, help="spread evenly over the text")
     add("--facts", type=int, default=32, help="codes hidden in a window's text")
     add("--questions", type=int, default=16, help="facts of a window that are asked for")
-    add("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048], metavar="TOKENS")
+    add(
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[256, 512, 1024, 2048],
+        metavar="TOKENS",
+        help="what a choice may read",
+    )
     add("--dense-layers", type=int, default=2, help="layers at the front that attend in full")
     add("--methods", nargs="+", metavar="METHOD", help="default: all; see below")
     add("--minutes", type=float, help="begin no window that would end later than this")
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", default="bfloat16" if on_gpu else "float32")
+    add("--device", default="cuda" if on_gpu else "cpu", help="torch's name of it")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", help="of the model")
     return parser
 
 
