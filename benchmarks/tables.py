@@ -133,8 +133,10 @@ def whole_models(result: Result) -> Iterable[Cells]:
 def scaling(*results: Result) -> Iterable[Cells]:
     """Of `gpu_serving.py --tensor-parallel --random-kv`: a decode step by the number of GPUs."""
     rows = [row | result["machine"] for result in results for row in result["rows"]]
-    rows.sort(key=lambda row: [row[key] for key in ("context", "requests", "gpus")])
-    for row in sorted(rows, key=lambda row: list(MODELS).index(row["model"])):
+    models = list(MODELS)
+    case = ("context", "requests", "gpus")
+    rows.sort(key=lambda row: [models.index(row["model"]), *(row[key] for key in case)])
+    for row in rows:
         yield {
             "model": MODELS[row["model"]],
             "requests x context (tokens)": f"{row['requests']} x {in_k(row['context'])}",

@@ -161,6 +161,14 @@ def engine(
         gc.collect()
 
 
+def wake(llm: LLM, level: int) -> None:
+    """Wake an engine that slept at a level, as reinforcement learning does: weights come first."""
+    llm.wake_up(tags=["weights"])
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
 def greedy(num_tokens: int, **options: Any) -> SamplingParams:
     return SamplingParams(
         temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2, **options

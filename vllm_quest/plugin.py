@@ -73,8 +73,8 @@ def is_named(vllm_config: "VllmConfig") -> bool:
 def has_idle_settings(vllm_config: "VllmConfig") -> bool:
     """Whether a configuration that does not name QUEST has settings of it.
 
-    Said once, in the user's own process. Where vLLM speculates, nobody knows: it makes the draft
-    model a configuration of its own, with the settings of the model's.
+    No in engine processes, so that it is said once, in the user's own. No where vLLM speculates:
+    the draft model has a configuration of its own, which keeps the settings and may not name QUEST.
     """
     if multiprocessing.current_process().name.startswith("EngineCore"):
         return False

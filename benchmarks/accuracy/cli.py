@@ -35,30 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for the report; made if missing")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="or 'longbench': all six")
     add("--methods", nargs="+", metavar="METHOD", help="default: all but the cross-checks")
-    add(
-        "--budgets",
-        nargs="+",
-        type=int,
-        default=list(BUDGETS),
-        metavar="TOKENS",
-        help="what methods may read or keep of a context",
-    )
-    add(
-        "--contexts",
-        nargs="+",
-        type=int,
-        default=list(CONTEXTS),
-        metavar="TOKENS",
-        help="lengths of the prompts",
-    )
-    add(
-        "--dense-layers",
-        nargs="+",
-        type=int,
-        default=[2],
-        metavar="LAYERS",
-        help="layers at the front that attend in full; each number is measured",
-    )
+    tokens = {"nargs": "+", "type": int, "metavar": "TOKENS"}
+    of_budgets = "what methods may read or keep of a context"
+    add("--budgets", **tokens, default=list(BUDGETS), help=of_budgets)
+    add("--contexts", **tokens, default=list(CONTEXTS), help="lengths of the prompts")
+    of_layers = "layers at the front that attend in full; each number is measured"
+    add("--dense-layers", nargs="+", type=int, default=[2], metavar="LAYERS", help=of_layers)
     add("--scores", nargs="+", default=["minmax"], metavar="SCORE", help="QUEST's page scores")
     add("--seeds", type=int, default=3, help="sets of samples")
     add("--samples", type=int, default=32, help="samples per seed")
@@ -183,14 +165,13 @@ def _plan(options: argparse.Namespace, tokens: Any) -> Any:
     from vllm_quest.config import SCORES
 
     known_methods = (*VLLM_METHODS, *transformers_methods())
-    if options.processes < 1:
-        raise SystemExit(f"--processes is {options.processes}; it takes at least 1")
     for name, numbers, least in (
         ("--budgets", options.budgets, 1),
         ("--contexts", options.contexts, 1),
         ("--dense-layers", options.dense_layers, 0),
         ("--seeds", [options.seeds], 1),
         ("--samples", [options.samples], 1),
+        ("--processes", [options.processes], 1),
     ):
         if min(numbers) < least:
             raise SystemExit(f"{name} is {min(numbers)}; it takes at least {least}")

@@ -484,10 +484,9 @@ class Checker:
         workspace: Tensor | None = None,
         **options: Any,
     ) -> None:
-        before = None if counters is None else counters.clone()
         scratch = {"workspace": workspace, "counters": counters}
-        REAL["sparse_decode"](query, kv_cache, rows, pages, out, **scratch, **options)
-        self.check_call(query, kv_cache, rows, pages, out, before, counters, **options)
+        grown = growth("sparse_decode", query, kv_cache, rows, pages, out, **scratch, **options)
+        self.check_call(query, kv_cache, rows, pages, out, grown, **options)
 
     def cluster_decode(
         self,
@@ -499,14 +498,13 @@ class Checker:
         counters: Tensor | None = None,
         **options: Any,
     ) -> None:
-        before = None if counters is None else counters.clone()
-        REAL["cluster_decode"](query, kv_cache, rows, out, counters=counters, **options)
+        grown = growth("cluster_decode", query, kv_cache, rows, out, counters=counters, **options)
         layer = {
             name: options[name]
             for name in ("page_size", "score", "scale", "soft_cap", "sinks", "scales")
         }
         pages = self.choose(query, kv_cache, rows, **layer)
-        self.check_call(query, kv_cache, rows, pages, out, before, counters, **layer)
+        self.check_call(query, kv_cache, rows, pages, out, grown, **layer)
 
     def check_call(
         self,
@@ -515,16 +513,13 @@ class Checker:
         rows: ops.Rows,
         pages: Tensor,
         out: Tensor,
-        before: Tensor | None,
-        counters: Tensor | None,
+        grown: list[int] | None,
         **layer: Any,
     ) -> None:
-        """Compare one call of a decode operator, and what its counters grew by since `before`."""
-        expected = self.check(query, kv_cache, rows, pages, out, **layer)
-        if before is not None and counters is not None:
-            grown = (counters - before).tolist()
-            if grown != expected.tolist():
-                self.fault(f"counters grew by {grown}, not {expected.tolist()}")
+        """Compare one call of a decode operator, and what its counters have grown by."""
+        expected = self.check(query, kv_cache, rows, pages, out, **layer).tolist()
+        if grown not in (None, expected):
+            self.fault(f"counters grew by {grown}, not {expected}")
         self.scored = None
 
     def choose(
@@ -729,6 +724,15 @@ class Checker:
                 if lead < NEAR_TIE:
                     self.leads.setdefault(row.request_id, []).append((row.seq_len, lead))
         return chosen
+
+
+def growth(
+    operator: str, *tensors: Any, counters: Tensor | None, **options: Any
+) -> list[int] | None:
+    """Call a decode operator; returns what its counters grew by, None where it has none."""
+    before = None if counters is None else counters.clone()
+    REAL[operator](*tensors, counters=counters, **options)
+    return None if before is None else (counters - before).tolist()
 
 
 def counts(blocks: Blocks, budget: Tensor, is_sparse: Tensor) -> Tensor:

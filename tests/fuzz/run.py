@@ -20,7 +20,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 import engines
-from engines import ON_GPU, engine
+from engines import ON_GPU, engine, wake
 
 from . import models
 from .cases import Case, EngineCase, RequestCase, Wave
@@ -169,15 +169,6 @@ def name_of(request_id: str, names: set[str]) -> str:
     return request_id.rpartition("_")[2].partition("-")[0] if names else request_id
 
 
-def sleep_and_wake(llm: LLM, level: int) -> None:
-    """As in reinforcement learning: weights come back first, then the KV cache, which is empty."""
-    llm.sleep(level=level)
-    llm.wake_up(tags=["weights"])
-    if level == 2:
-        llm.collective_rpc("reload_weights")
-    llm.wake_up(tags=["kv_cache"])
-
-
 def run_wave(
     llm: LLM,
     wave: Wave,
@@ -193,7 +184,8 @@ def run_wave(
     """
     outcome, server = Outcome(), llm.llm_engine
     if wave.sleeps:
-        sleep_and_wake(llm, wave.sleeps)
+        llm.sleep(level=wave.sleeps)
+        wake(llm, wave.sleeps)
     waiting = sorted(wave.requests, key=lambda request: request.arrives)
     cancels = {
         request.name: request.arrives + request.cancelled

@@ -13,7 +13,7 @@ import torch
 from vllm import LLM
 
 import vllm_quest
-from engines import answers, engine, greedy, random_prompts, write_model, write_weights
+from engines import answers, engine, greedy, random_prompts, wake, write_model, write_weights
 from servers import serve
 
 pytestmark = [
@@ -38,7 +38,6 @@ def counts(llm: LLM) -> list[int]:
 
 @pytest.mark.parametrize("runner", ["V2", "V1"])
 def test_answers_and_counters_survive(model, monkeypatch, runner):
-    """As in reinforcement learning at every step: weights wake first, then the KV cache."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if runner == "V2" else "0")
     # vLLM's allocator of memory that can sleep serves one engine per process.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -57,10 +56,7 @@ def test_answers_and_counters_survive(model, monkeypatch, runner):
         for level in (1, 2, 1, 2):
             llm.sleep(level=level)
             assert counts(llm) == counted
-            llm.wake_up(tags=["weights"])
-            if level == 2:
-                llm.collective_rpc("reload_weights")
-            llm.wake_up(tags=["kv_cache"])
+            wake(llm, level)
             assert answers(llm, prompts, params) == before
             counted = [b + a for a, b in zip(of_a_run, counted, strict=True)]
             assert counts(llm) == counted

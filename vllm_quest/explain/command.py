@@ -260,7 +260,7 @@ def _numbers(text: str) -> list[int]:
             first, _, last = part.partition("-")
             run = range(int(first), int(last or first) + 1)
             if not run:
-                raise ValueError(f"{part} goes backwards")
+                raise ValueError
             numbers.update(run)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0,2,8-15") from None
