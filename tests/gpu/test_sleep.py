@@ -13,7 +13,7 @@ import torch
 from vllm import LLM
 
 import vllm_quest
-from engines import answers, engine, greedy, random_prompts, wake, write_model, write_weights
+from engines import agree, answers, engine, greedy, random_prompts, wake, write_model, write_weights
 from servers import serve
 
 pytestmark = [
@@ -57,7 +57,9 @@ def test_answers_and_counters_survive(model, monkeypatch, runner):
             llm.sleep(level=level)
             assert counts(llm) == counted
             wake(llm, level)
-            assert answers(llm, prompts, params) == before
+            # Prompts arrive while the engine runs: which ones share a step, and so their rounding,
+            # is not the same every time.
+            assert agree(before, answers(llm, prompts, params))
             counted = [b + a for a, b in zip(of_a_run, counted, strict=True)]
             assert counts(llm) == counted
 
