@@ -1,5 +1,6 @@
 """Each request gets the budget that it asked for, and bad ones are refused when they arrive."""
 
+import gc
 import random
 import re
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -18,7 +20,7 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 import vllm_quest
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
-from vllm_quest.budgets import SERVER_DEFAULT, requested_budget, why_undelivered
+from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets, requested_budget, why_undelivered
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024], None, {}])
@@ -163,8 +165,12 @@ def batch_of_v2(model_state):
     return builder.batch
 
 
+class EngineConfig(SimpleNamespace):
+    """What budgets read of a VllmConfig; unlike its base it takes weak references, as that does."""
+
+
 def config_of_engine(*, is_v2=True, is_hybrid=False, speculates=False, ranks=1):
-    return SimpleNamespace(
+    return EngineConfig(
         parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
         speculative_config=object() if speculates else None,
         model_config=SimpleNamespace(is_hybrid=is_hybrid),
@@ -200,6 +206,25 @@ def test_a_refusal_names_a_cure_that_cures(is_v2, is_hybrid, speculates, ranks):
     if "remove --speculative-config" in cure and " or " not in cure:
         engine["speculates"] = False
     assert why_undelivered(config_of_engine(**engine)) is None
+
+
+def test_an_engine_that_was_deleted_refuses_no_budgets(monkeypatch):
+    """vLLM's engines lie in cycles, and nothing collects them when the next one starts."""
+    monkeypatch.setattr(QuestBudgets, "_engines", [])
+    asking = SamplingParams(extra_args={"quest_token_budget": 64})
+    speculating = config_of_engine(is_v2=False, speculates=True)
+    speculating.cycle = speculating
+    QuestBudgets.note_engine(speculating)
+    with pytest.raises(ValueError, match="cannot be served"):
+        QuestBudgets.validate_params(asking)
+    gc.disable()
+    try:
+        del speculating
+        plain = config_of_engine()
+        QuestBudgets.note_engine(plain)
+        QuestBudgets.validate_params(asking)
+    finally:
+        gc.enable()
 
 
 SPECULATE = """

@@ -8,6 +8,7 @@ The module is imported by every vLLM process, whether or not QUEST is selected: 
 loads the class as `logits_processor.LogitsProcessor`.
 """
 
+import gc
 import multiprocessing
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -113,6 +114,8 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
         if multiprocessing.current_process().name.startswith("EngineCore"):
             return  # it checks its copy of the configuration anew; requests were checked before
         reason = why_undelivered(vllm_config)
+        if any(reason_of_other is not None for _, reason_of_other in cls._engines):
+            gc.collect()  # the configuration of a deleted engine lies in cycles
         others = [
             engine
             for engine in cls._engines
