@@ -239,9 +239,12 @@ def _kind_reasons(model: "ModelConfig") -> Iterator[str]:
             f"config.json, or {OTHER_BACKEND}"
         )
     if model.is_mm_prefix_lm:
+        images = model.multimodal_config
+        takes_embeddings = images is not None and images.enable_mm_embeds
+        without = " and without --enable-mm-embeds" if takes_embeddings else ""
         yield (
             "the model's image tokens attend to later ones (not causal); serve text alone with "
-            f"--language-model-only, or {OTHER_BACKEND}"
+            f"--language-model-only{without}, or {OTHER_BACKEND}"
         )
     if getattr(config, "prefix_lm", None) is not None:
         yield f"the model's prompts attend to later tokens (not causal); {OTHER_BACKEND}"
