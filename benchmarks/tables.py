@@ -409,7 +409,8 @@ def smallest_budgets(*results: Result, share: str) -> Iterable[Cells]:
             reaching = [budget for budget in kept if 100 * kept[budget] >= float(share)]
             budget = min(reaching, default=max(kept))
             settings = result["settings"]
-            model = Path(settings["model"]).name.replace("demo_model", "the bundled model")
+            trained = TRAINED.get(settings["model"])
+            model = f"the {trained} model" if trained else Path(settings["model"]).name
             context = settings.get("context") or result["rows"][0]["context_tokens"]
             cells = {
                 "model, context (tokens)": f"{model}, {in_k(context)}",
