@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -18,7 +19,7 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 import vllm_quest
 from engines import ON_GPU, engine, greedy, random_prompts, token_ids, write_model, write_weights
 from vllm_quest import ops
-from vllm_quest.budgets import SERVER_DEFAULT, requested_budget, why_undelivered
+from vllm_quest.budgets import SERVER_DEFAULT, QuestBudgets, requested_budget, why_undelivered
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.5, "1024", True, [1024], None, {}])
@@ -34,6 +35,34 @@ def test_a_bad_budget_is_named_with_what_is_allowed(value):
 def test_a_misspelt_field_is_refused_with_the_right_name(key):
     with pytest.raises(ValueError, match=f"'{key}'; did you mean 'quest_token_budget'"):
         requested_budget({key: 64})
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """An engine of this process that uses QUEST, and lives."""
+    monkeypatch.setattr(QuestBudgets, "_engines", [(object, None)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("budget", "Budgets", "quest", "token_budget", "token_budgets", "TokenBudget"),
+        *("questTokenBudget", " quest_token_budget", "quest.token_budget", "qest_token_budget"),
+    ],
+)
+@pytest.mark.usefixtures("noted")
+def test_a_field_that_is_surely_meant_is_refused_where_quest_serves(key):
+    params = SamplingParams(extra_args={key: 64})
+    with pytest.raises(ValueError, match=f"{key!r}; did you mean 'quest_token_budget'"):
+        QuestBudgets.validate_params(params)
+
+
+@pytest.mark.parametrize(
+    "key", ["thinking_token_budget", "max_token_budget", "request_id", "question", 5]
+)
+@pytest.mark.usefixtures("noted")
+def test_fields_of_others_are_none_of_its_business(key):
+    QuestBudgets.validate_params(SamplingParams(extra_args={key: 64}))
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"of_another_plugin": 5}, {"question": 5}])
