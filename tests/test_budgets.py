@@ -38,6 +38,34 @@ def test_a_misspelt_field_is_refused_with_the_right_name(key):
         requested_budget({key: 64})
 
 
+@pytest.fixture
+def noted(monkeypatch):
+    """An engine of this process that uses QUEST, and lives."""
+    monkeypatch.setattr(QuestBudgets, "_engines", [(object, None)])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("budget", "Budgets", "quest", "token_budget", "token_budgets", "TokenBudget"),
+        *("questTokenBudget", " quest_token_budget", "quest.token_budget", "qest_token_budget"),
+    ],
+)
+@pytest.mark.usefixtures("noted")
+def test_a_field_that_is_surely_meant_is_refused_where_quest_serves(key):
+    params = SamplingParams(extra_args={key: 64})
+    with pytest.raises(ValueError, match=f"{key!r}; did you mean 'quest_token_budget'"):
+        QuestBudgets.validate_params(params)
+
+
+@pytest.mark.parametrize(
+    "key", ["thinking_token_budget", "max_token_budget", "request_id", "question", 5]
+)
+@pytest.mark.usefixtures("noted")
+def test_fields_of_others_are_none_of_its_business(key):
+    QuestBudgets.validate_params(SamplingParams(extra_args={key: 64}))
+
+
 @pytest.mark.parametrize("extra_args", [None, {}, {"of_another_plugin": 5}, {"question": 5}])
 def test_no_budget_means_the_servers(extra_args):
     assert requested_budget(extra_args) == SERVER_DEFAULT

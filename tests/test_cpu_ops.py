@@ -22,7 +22,7 @@ from batch import (
     score_error,
 )
 from vllm_quest import ops, reference
-from vllm_quest.config import BOUNDS, Score
+from vllm_quest.config import BOUNDS, QuestConfig, Score
 
 SHAPE = Shape(head_size=64, pages_per_block=2)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -194,6 +194,11 @@ def assert_selects_as_the_reference(
 def test_select_says_what_cannot_be_kept(kept: dict[str, int], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"vllm_quest::select: values: {message}"):
         assert_selects_as_the_reference(torch.zeros(1, 1, 4), [32], [2], **kept)
+
+
+def test_a_setting_of_any_size_is_kept() -> None:
+    kept = QuestConfig(keep_first_pages=2**63, keep_newest_percent=50).kept
+    assert_selects_as_the_reference(torch.arange(6.0).view(1, 1, 6), [48], [4], **kept)
 
 
 def test_zeros_of_both_signs_are_equal_scores() -> None:

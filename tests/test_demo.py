@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,11 +14,11 @@ from vllm_quest.config import UNLIMITED
 from vllm_quest.demo import Outcome, kv_share, run_demo, table
 from vllm_quest.pass_keys import FACT_TOKENS, make_haystack
 
-COMMAND = (sys.executable, "-m", "vllm_quest")
+COMMAND = (sys.executable, "-P", "-m", "vllm_quest")  # what the script vllm-quest imports
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True)
 
 
 def test_check_finds_everything_here():
@@ -28,8 +29,11 @@ def test_check_finds_everything_here():
     assert "QUEST can serve here" in answer.stdout
 
 
-def test_the_demo_compares_budgets_and_scores():
-    answer = run("demo", "--context", "4096", "--questions", "4", "--budgets", "512", "32")
+def test_the_demo_compares_budgets_and_scores(tmp_path):
+    """In a folder with another vllm_quest, as a clone is whose operators were not built."""
+    (tmp_path / "vllm_quest.py").write_text("raise ImportError('of the working directory')")
+    options = ("--context", "4096", "--questions", "4", "--budgets", "512", "32")
+    answer = run("demo", *options, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr[-3000:]
     row = r"^(full attention|budget \d+, \w+) +(\d) of 4 +([\d.]+) +([\d.]+)x +([\d.]+)%$"
     rows = re.findall(row, answer.stdout, re.M)

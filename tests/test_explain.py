@@ -223,6 +223,8 @@ def explain_in_process(capsys, *arguments):
         (("--max-tokens", "39000"), "prompt has 2057 tokens; .* more than the model's 40960"),
         (("--answer", "no such thing"), "'no such thing' does not occur in the prompt"),
         (("--output", "nowhere/a.png"), "folder nowhere of a.png does not exist"),
+        (("--output", "."), r"\. is a folder; name a file"),
+        (("--json", "/"), "/ is a folder; name a file"),
         (("nowhere/model",), "model 'nowhere/model' cannot be loaded"),
     ],
 )
@@ -247,6 +249,14 @@ def test_a_list_that_is_none_is_refused(layers, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args([f"--layers={layers}"])
     assert "is no list such as 0,2,8-15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["1", "0", "-1", "many"])
+def test_an_answer_without_a_decode_step_is_refused(number, capsys):
+    add_options(parser := argparse.ArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--max-tokens={number}"])
+    assert f"'{number}' is no number of 2 or more" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_extra_is_named(capsys, monkeypatch):

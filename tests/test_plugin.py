@@ -73,11 +73,13 @@ def test_unselected_vllm_behaves_as_without_the_plugin(tmp_path, monkeypatch):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("backend", [DENSE, "QUEST"])
-def test_settings_without_the_backend_are_told_of(tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "section"), [(DENSE, "quest"), (DENSE, "Quest"), ("QUEST", "quest")]
+)
+def test_settings_without_the_backend_are_told_of(tmp_path, monkeypatch, backend, section):
     """As where the backend is named by VLLM_ATTENTION_BACKEND, which vLLM no longer reads."""
     monkeypatch.setattr(plugin, "logger", log := Mock())
-    settings = {"quest": {"token_budget": 64}}
+    settings = {section: {"token_budget": 64}}
     options = {"attention_backend": backend, "additional_config": settings}
     EngineArgs(write_model(tmp_path), skip_tokenizer_init=True, **options).create_engine_config()
     told = [call.args[0] for call in log.warning.call_args_list]

@@ -11,7 +11,7 @@ import pytest
 
 from engines import write_model
 from servers import SERVE, serve
-from test_readme import SNIPPETS
+from test_readme import ROOT, SNIPPETS, snippets
 from vllm_quest.metrics import HELP
 from vllm_quest.monitor import LOOK_EVERY_S
 from vllm_quest.pass_keys import make_haystack
@@ -22,6 +22,7 @@ def client(demo_model, monkeypatch_module):
     monkeypatch_module.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     quest = json.dumps({"quest": {"token_budget": 1024, "dense_layers": 0}})
     options = ["--attention-backend", "QUEST", "--additional-config", quest, "--enforce-eager"]
+    options.append("--enable-prompt-tokens-details")
     with serve(demo_model, *options) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none")
 
@@ -127,10 +128,31 @@ def test_every_endpoint_serves_a_budget(client, demo_model):
     assert pages_read == sparse_rows * 32 / 16
 
 
-def test_a_misspelt_field_is_refused_with_the_right_name(client, demo_model):
-    misspelt = {"extra_body": {"vllm_xargs": {"quest_budget": 1024}}}
-    with pytest.raises(openai.BadRequestError, match=r"quest_budget.*quest_token_budget"):
+@pytest.mark.parametrize("field", ["quest_budget", "questTokenBudget", "token_budgets"])
+def test_a_misspelt_field_is_refused_with_the_right_name(client, demo_model, field):
+    misspelt = {"extra_body": {"vllm_xargs": {field: 1024}}}
+    with pytest.raises(openai.BadRequestError, match=f"{field}.*quest_token_budget"):
         client.completions.create(model=demo_model, prompt="the code", **misspelt)
+
+
+def test_a_salt_keeps_cached_prefixes_of_other_budgets_away(client, demo_model):
+    def ask(prompt, num_tokens, token_budget, **body):
+        body |= {"ignore_eos": True, "return_token_ids": True, **budget(token_budget)["extra_body"]}
+        return client.completions.create(
+            model=demo_model, prompt=prompt, max_tokens=num_tokens, extra_body=body
+        )
+
+    text = make_haystack(300, 2, seed=6)
+    decoded = ask(text.prompt(text.facts[0]), 300, 16).choices[0]
+    next_turn = decoded.prompt_token_ids + decoded.token_ids
+    shared, salted = (
+        ask(next_turn, 1, -1, **salt).usage.prompt_tokens_details.cached_tokens
+        for salt in ({}, {"cache_salt": "full"})
+    )
+    assert shared > len(decoded.prompt_token_ids)
+    assert not salted
+    [snippet] = snippets((ROOT / "docs" / "families.md").read_text())
+    exec(snippet, {"client": client, "MODEL": demo_model})
 
 
 def test_the_http_snippet_of_the_readme(client, demo_model):

@@ -8,8 +8,10 @@ The module is imported by every vLLM process, whether or not QUEST is selected: 
 loads the class as `logits_processor.LogitsProcessor`.
 """
 
+import difflib
 import gc
 import multiprocessing
+import re
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +21,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from vllm_quest.config import UNLIMITED, engine_key, shown
+from vllm_quest.config import LONGEST_SHOWN, UNLIMITED, engine_key, shown
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +34,12 @@ logger = init_logger("vllm.quest")
 
 FIELD = "quest_token_budget"
 PREFIX = "quest_"
-MISTAKEN = ("token_budget", "budget", "quest")
-"""Fields that nothing reads, and that a user of QUEST may have meant for FIELD."""
+SHORT = ("quest", "budget", "budgets")
+"""Letters of fields that nothing reads, and that a user of QUEST may have meant for FIELD."""
+LIKE = ("questtokenbudget", "tokenbudget")
+"""Letters that those of other such fields are like, to CLOSE."""
+CLOSE = 0.9
+"""By `difflib`: one letter more or less. `max_token_budget`, which may be another's, is at 0.88."""
 SERVER_DEFAULT = 0
 """Stands in the table for: this request asked for nothing."""
 
@@ -48,7 +54,7 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
     if not extra_args:
         return SERVER_DEFAULT
     for key in extra_args:
-        if key != FIELD and key.lower().replace("-", "_").startswith(PREFIX):
+        if key != FIELD and str(key).lower().replace("-", "_").startswith(PREFIX):
             raise ValueError(f"unknown field {shown(key)}; did you mean {FIELD!r}?")
     if FIELD not in extra_args:
         return SERVER_DEFAULT
@@ -60,6 +66,13 @@ def requested_budget(extra_args: dict[str, Any] | None) -> int:
             "or -1 for full attention"
         )
     return min(int(budget), np.iinfo(np.int32).max)
+
+
+def is_meant_for_us(key: object) -> bool:
+    """Whether a field other than FIELD surely means it: in camel case, with a space or a letter too
+    many, or without its prefix."""
+    letters = re.sub("[^a-z]", "", str(key)[:LONGEST_SHOWN].lower())
+    return letters in SHORT or bool(difflib.get_close_matches(letters, LIKE, cutoff=CLOSE))
 
 
 def why_undelivered(vllm_config: "VllmConfig") -> str | None:
@@ -143,8 +156,8 @@ class QuestBudgets(V2LogitsProcessor, V1LogitsProcessor):
             if vllm_config() is None:
                 continue
             for key in sampling_params.extra_args or {}:
-                if key.lower() in MISTAKEN:
-                    raise ValueError(f"unknown field {key!r}; did you mean {FIELD!r}?")
+                if key != FIELD and is_meant_for_us(key):
+                    raise ValueError(f"unknown field {shown(key)}; did you mean {FIELD!r}?")
             if reason is not None and budget != SERVER_DEFAULT:
                 raise ValueError(f"{FIELD} cannot be served: {reason}; or leave the field out")
 

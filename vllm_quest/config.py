@@ -144,6 +144,17 @@ class QuestConfig:
         vllm_config = get_current_vllm_config_or_none()
         return cls._active if vllm_config is None else cls.from_vllm(vllm_config).activate()
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What is kept before pages are chosen by their scores, as `ops.select` takes it.
+
+        No context has more first pages, and settings of any size fit the operators' int64.
+        """
+        return {
+            "keep_first_pages": min(self.keep_first_pages, np.iinfo(np.int32).max),
+            "keep_newest_percent": self.keep_newest_percent,
+        }
+
     def pages(self, num_tokens: Tokens) -> Tokens:
         """The pages that hold a number of tokens, rounded up; one number or an array of them."""
         return -(-num_tokens // self.page_size)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -209,14 +210,15 @@ def _server(score: Score, kv_cache_dtype: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
+        # -P: the working directory may have a vllm_quest of its own, such as a clone's unbuilt one.
+        *(sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)),
         *("--attention-backend", "QUEST"),
         *("--additional-config", json.dumps({"quest": quest})),
         *("--kv-cache-dtype", kv_cache_dtype),
         *("--host", "127.0.0.1", "--port", str(port)),
         "--enforce-eager",
     ]
-    print("\nStarting: vllm serve", *command[4:], flush=True)
+    print("\nStarting: vllm serve", shlex.join(command[5:]), flush=True)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
     with tempfile.NamedTemporaryFile("w+", prefix="vllm-quest-demo-", suffix=".log") as log:
         server = subprocess.Popen(

@@ -61,7 +61,7 @@ def choose_by_score(
         )
     else:
         ops.score(query, kv_cache, rows, scores, page_size=page_size)
-    ops.select(scores, rows, pages, page_size=page_size, **impl.kept)
+    ops.select(scores, rows, pages, page_size=page_size, **impl.quest.kept)
 
 
 class QuestImpl(AttentionImpl[QuestMetadata]):
@@ -117,11 +117,6 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.quest = QuestConfig.active()
-        self.kept: dict[str, Any] = {
-            "keep_first_pages": self.quest.keep_first_pages,
-            "keep_newest_percent": self.quest.keep_newest_percent,
-        }
-        """What is kept before pages are chosen by their scores, as `ops.select` takes it."""
         self.has_own_cache = kv_sharing_target_layer_name is None
         self.platform = this_platform()
         self.dense = self.platform.DenseImpl(
@@ -263,7 +258,7 @@ class QuestImpl(AttentionImpl[QuestMetadata]):
                     follows_write_kv=follows_write_kv and part.start == 0,
                     masses=masses,
                     **attention,
-                    **self.kept,
+                    **self.quest.kept,
                 )
             return
         for part in plan.passes():

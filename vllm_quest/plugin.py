@@ -80,7 +80,9 @@ def has_idle_settings(vllm_config: "VllmConfig") -> bool:
         return False
     settings = vllm_config.additional_config
     is_draft = vllm_config.speculative_config is not None
-    return not is_draft and isinstance(settings, dict) and NAME.lower() in settings
+    if is_draft or not isinstance(settings, dict):
+        return False
+    return any(str(key).lower() == NAME.lower() for key in settings)
 
 
 def _is_quest(backend: "AttentionBackendEnum | None") -> bool:

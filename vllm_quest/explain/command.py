@@ -40,10 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=_answer_tokens,
         default=32,
         metavar="TOKENS",
-        help="longest answer; each token but the first is a decode step (default: %(default)s)",
+        help="longest answer, 2 or more; each token but the first is a decode step "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on to --max-tokens past the answer's end"
@@ -121,6 +122,8 @@ def _request(options: argparse.Namespace) -> "Request":
     for path in filter(None, (options.output, options.json)):
         if not path.parent.is_dir():
             raise CannotExplain(f"the folder {path.parent} of {path.name} does not exist")
+        if path.is_dir():
+            raise CannotExplain(f"{path} is a folder; name a file in it")
     is_bundled = options.model is None
     dense_layers = options.dense_layers
     if dense_layers is None:
@@ -245,10 +248,14 @@ def _finite(errors: np.ndarray) -> list[list[list[float] | None]]:
     ]
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def _answer_tokens(text: str) -> int:
+    """The first token comes from the prefill, and no decode step reads anything for it."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 2 or more")
     return number
 
 
