@@ -3,7 +3,8 @@
 // First the pages' masses, by query head: a task has kTaskGroups groups of one row and KV head. A
 // lane is a token: its word of 16 channels is masked, not shifted, so that channel i appears
 // multiplied by 2^bit(i), and the query is divided by as much beforehand, with the group's step
-// multiplied in. Then the scores: a task has a row and KV head.
+// multiplied in. Pages are weighed side by side, one in each lane. Then the scores: a task has a
+// row and KV head.
 #include "../codes.h"
 #include "kernels.h"
 #include "row_tasks.h"
@@ -22,29 +23,13 @@ constexpr float kLowest = -0x1p126f;
 
 static_assert(kGroupTokens % (kTokenVectors * kLanes) == 0 && kMaxGroupPages % kLanes == 0);
 
-// The query heads of one KV head: as floats, and what a group makes of them.
+// The query heads of one KV head, as floats, and what a group makes of some of them.
 struct Query {
-  const float* heads;  // [group_size, head_size]
-  float* scaled;       // [group_size, head_size]: q * step * scale / 2^bit
-  float* constants;    // [group_size]: q·offset * scale
-  float* logits;       // [kMaxHeadTile, kGroupTokens]
+  const float* heads;     // [group_size, head_size]: q * scale
+  const float* unmasked;  // [group_size, head_size]: q * scale / 2^bit
+  float* scaled;          // [kMaxHeadTile, head_size]: q * scale * step / 2^bit
+  float* logits;          // [kMaxHeadTile, kGroupTokens]
 };
-
-template <class T>
-Query load_query(const ScoreCodesParams& p, int row, int kv_head) {
-  const int head_size = p.cache.head_size;
-  const int64_t size = static_cast<int64_t>(p.group_size) * head_size;
-  float* heads = static_cast<float*>(scratch(
-      Scratch::kThread, (2 * size + p.group_size + kMaxHeadTile * kGroupTokens) * sizeof(float)));
-  for (int head = 0; head < p.group_size; ++head) {
-    const T* query = static_cast<const T*>(p.query) + row * p.query_row_stride +
-                     (kv_head * p.group_size + head) * p.query_head_stride;
-    for (int d = 0; d < head_size; d += kLanes) {
-      store_unaligned(heads + head * head_size + d, load(query + d));
-    }
-  }
-  return {heads, heads + size, heads + 2 * size, heads + 2 * size + p.group_size};
-}
 
 constexpr int bit_of(int channel) { return 8 * (channel % 4) + 2 * (channel / 4); }
 
@@ -59,20 +44,42 @@ Floats unmask(int first) {
   return load(factors);
 }
 
-// Multiply a group's scales and the scale of logits into the query.
+// `scale` is what makes logits of products: in base 2, unless a soft cap comes first.
 template <class T>
-void scale_query(const T* scales,  // [2, head_size] offset | step
-                 const Query& query, int group_size, int head_size, float scale) {
-  for (int head = 0; head < group_size; ++head) {
-    Floats total{};
+Query load_query(const ScoreCodesParams& p, int row, int kv_head, float scale) {
+  const int head_size = p.cache.head_size;
+  const int64_t size = static_cast<int64_t>(p.group_size) * head_size;
+  float* heads = static_cast<float*>(scratch(
+      Scratch::kThread, (2 * size + kMaxHeadTile * (head_size + kGroupTokens)) * sizeof(float)));
+  float* unmasked = heads + size;
+  float* scaled = unmasked + size;
+  for (int head = 0; head < p.group_size; ++head) {
+    const T* query = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                     (kv_head * p.group_size + head) * p.query_head_stride;
     for (int d = 0; d < head_size; d += kLanes) {
-      const Floats q = load(query.heads + head * head_size + d) * scale;
-      total += q * load(scales + d);
-      store_unaligned(query.scaled + head * head_size + d,
-                      q * load(scales + head_size + d) * unmask(d % kWordChannels));
+      const Floats q = load(query + d) * scale;
+      store_unaligned(heads + head * head_size + d, q);
+      store_unaligned(unmasked + head * head_size + d, q * unmask(d % kWordChannels));
     }
-    query.constants[head] = sum(total);
   }
+  return {heads, unmasked, scaled, scaled + kMaxHeadTile * head_size};
+}
+
+// Multiply a group's scales into kHeads query heads; `constants` are their products with offsets.
+template <int kHeads, class T>
+void scale_heads(const T* scales,  // [2, head_size] offset | step
+                 const float* heads, const float* unmasked, int head_size, float* scaled,
+                 float* constants) {
+  Floats totals[kHeads] = {};
+  for (int d = 0; d < head_size; d += kLanes) {
+    const Floats offset = load(scales + d), step = load(scales + head_size + d);
+    for (int head = 0; head < kHeads; ++head) {
+      const int at = head * head_size + d;
+      totals[head] += load(heads + at) * offset;
+      store_unaligned(scaled + at, load(unmasked + at) * step);
+    }
+  }
+  for (int head = 0; head < kHeads; ++head) constants[head] = sum(totals[head]);
 }
 
 // The logits of kHeads query heads with a group's tokens.
@@ -118,53 +125,55 @@ void multiply(const uint32_t* words,  // [head_size / 16, kGroupTokens]
 // The logits of one query head with the keys of a group that is not full.
 template <class T>
 void multiply_keys(const T* keys, int row_size, int num_tokens, const float* query, int head_size,
-                   float scale, float* logits) {
+                   float* logits) {
   for (int token = 0; token < num_tokens; ++token) {
     Floats total{};
     for (int d = 0; d < head_size; d += kLanes) {
       total += load(query + d) * load(keys + token * row_size + d);
     }
-    logits[token] = sum(total) * scale;
+    logits[token] = sum(total);
   }
 }
 
-// The mass that a head's logits give each page, base 2.
+// The mass that a head's logits give each page, base 2. The logits are in base 2 too, unless a soft
+// cap is to be applied.
 void weigh_pages(float* logits,  // [kGroupTokens]
                  int num_tokens, int page_size, float soft_cap, float* masses) {
-  for (int i = 0; i < num_tokens; i += kLanes) {
-    const Floats logit = load(logits + i);
-    store_unaligned(logits + i,
-                    soft_cap > 0 ? tanh(logit / soft_cap) * (soft_cap * kLog2e) : logit * kLog2e);
+  if (soft_cap > 0) {
+    for (int i = 0; i < num_tokens; i += kLanes) {
+      store_unaligned(logits + i, tanh(load(logits + i) / soft_cap) * (soft_cap * kLog2e));
+    }
   }
   for (int i = num_tokens; i < kGroupTokens; ++i) logits[i] = kLowest;
   // Of a page of fewer tokens than lanes, the other lanes weigh nothing.
   const int valid = min_of(page_size, kLanes);
-  float largest[kMaxGroupPages], sums[kMaxGroupPages];
-  for (int page = 0; page < kMaxGroupPages; ++page) sums[page] = 1.0f;
   const auto lanes_from = [&](const float* from) {
     Floats lanes = broadcast(kLowest);
     memcpy(&lanes, from, valid * sizeof(float));
     return lanes;
   };
-  for (int page = 0; page * page_size < num_tokens; ++page) {
-    const float* of_page = logits + page * page_size;
-    Floats most = lanes_from(of_page);
-    for (int i = valid; i < page_size; i += valid) most = max_of(most, lanes_from(of_page + i));
-    float maximum = most[0];
-    for (int lane = 1; lane < kLanes; ++lane) maximum = max_of(maximum, most[lane]);
-    Floats weights{};
-    for (int i = 0; i < page_size; i += valid) {
-      weights += exp2_nonpositive(lanes_from(of_page + i) - maximum);
+  const int num_pages = div_up(num_tokens, page_size);
+  for (int first = 0; first < num_pages; first += kLanes) {  // a page in each lane
+    const float* of_pages = logits + first * page_size;
+    const int count = min_of(kLanes, kGroupTokens / page_size - first);
+    Floats each[kLanes];
+    for (int page = 0; page < kLanes; ++page) {
+      each[page] = broadcast(kLowest);
+      for (int i = 0; page < count && i < page_size; i += valid) {
+        each[page] = max_of(each[page], lanes_from(of_pages + page * page_size + i));
+      }
     }
-    largest[page] = maximum;
-    sums[page] = sum(weights);
-  }
-  for (int page = 0; page < kMaxGroupPages; page += kLanes) {
-    float of_pages[kLanes];
-    store_unaligned(of_pages, load(largest + page) + log2(load(sums + page)));
-    for (int i = 0; i < kLanes && (page + i) * page_size < num_tokens; ++i) {
-      masses[page + i] = of_pages[i];
+    const Floats largest = max_each(each);
+    for (int page = 0; page < kLanes; ++page) {
+      each[page] = broadcast(1.0f / kLanes);
+      if (page >= count) continue;
+      each[page] = Floats{};
+      for (int i = 0; i < page_size; i += valid) {
+        each[page] += exp2_nonpositive(lanes_from(of_pages + page * page_size + i) - largest[page]);
+      }
     }
+    const Floats mass = largest + log2(sum_each(each));
+    memcpy(masses + first, &mass, min_of(kLanes, num_pages - first) * sizeof(float));
   }
 }
 
@@ -189,17 +198,20 @@ void weigh_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, in
     return p.masses.data + row * p.masses.row_stride +
            (kv_head * p.group_size + head) * p.masses.head_stride + group * group_pages;
   };
-  const Query query = load_query<T>(p, row, kv_head);
+  const float to_base_2 = p.soft_cap > 0 ? 1.0f : kLog2e;
+  const Query query = load_query<T>(p, row, kv_head, p.scale * to_base_2);
   const int end_full = min_of(end, seq_len / kGroupTokens);
 
   for (int group = begin; group < end_full; ++group) {
     const T* rows = rows_of_group(group);
     const T* next = group + 1 < end_full ? rows_of_group(group + 1) : rows;
-    scale_query(rows + kScalesRow * row_size, query, p.group_size, cache.head_size, p.scale);
     for_head_tiles(p.group_size, [&]<int kHeads>(int first) {
+      float constants[kHeads];
+      scale_heads<kHeads>(rows + kScalesRow * row_size, query.heads + first * cache.head_size,
+                          query.unmasked + first * cache.head_size, cache.head_size, query.scaled,
+                          constants);
       multiply<kHeads>(reinterpret_cast<const uint32_t*>(rows),
-                       reinterpret_cast<const uint32_t*>(next),
-                       query.scaled + first * cache.head_size, query.constants + first,
+                       reinterpret_cast<const uint32_t*>(next), query.scaled, constants,
                        cache.head_size, query.logits);
       for (int i = 0; i < kHeads; ++i) {
         weigh_pages(query.logits + i * kGroupTokens, kGroupTokens, page_size, p.soft_cap,
@@ -214,7 +226,7 @@ void weigh_groups(const ScoreCodesParams& p, int row, int kv_head, int begin, in
       block_of_group(group) + static_cast<int64_t>(group % block_groups) * kGroupTokens * row_size;
   for (int head = 0; head < p.group_size; ++head) {
     multiply_keys(keys, row_size, num_tokens, query.heads + head * cache.head_size, cache.head_size,
-                  p.scale, query.logits);
+                  query.logits);
     weigh_pages(query.logits, num_tokens, page_size, p.soft_cap, masses_of(head, group));
   }
 }

@@ -162,17 +162,17 @@ constexpr int fold_source(int i, int stride) {
   return offset < stride ? pair + offset : kLanes + pair + offset - stride;
 }
 
-// Of every 2 * stride lanes: x's lower half plus its upper half, then the same of y.
-template <int kStride, class V, int... kLane>
-inline V fold(V x, V y, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(x, y, fold_source(kLane, kStride)...) +
-         __builtin_shufflevector(x, y, (fold_source(kLane, kStride) + kStride)...);
+// Of every 2 * stride lanes: x's lower half joined with its upper half, then the same of y.
+template <int kStride, class V, class F, int... kLane>
+inline V fold(V x, V y, const F& join, std::integer_sequence<int, kLane...>) {
+  return join(__builtin_shufflevector(x, y, fold_source(kLane, kStride)...),
+              __builtin_shufflevector(x, y, (fold_source(kLane, kStride) + kStride)...));
 }
 
-// Sum the lanes of each of kCount vectors; vector i's sum ends in lane i * kLanes / kCount. Lanes
-// are added in the same order whatever kCount.
-template <int kStride = kLanes / 2, class V, int kCount>
-inline V sum_each(const V (&v)[kCount]) {
+// Join the lanes of each of kCount vectors; what vector i gives ends in lane i * kLanes / kCount.
+// Lanes are joined in the same order whatever kCount.
+template <int kStride, class V, int kCount, class F>
+inline V join_each(const V (&v)[kCount], const F& join) {
   static_assert((kCount & (kCount - 1)) == 0 && kCount <= kLanes, "a power of two, one per lane");
   if constexpr (kStride == 0) {
     return v[0];
@@ -180,10 +180,21 @@ inline V sum_each(const V (&v)[kCount]) {
     constexpr int kFolded = kCount > 1 ? kCount / 2 : 1;
     V folded[kFolded];
     for (int i = 0; i < kFolded; ++i) {
-      folded[i] = fold<kStride>(v[i], v[i + kCount / 2], std::make_integer_sequence<int, kLanes>());
+      folded[i] =
+          fold<kStride>(v[i], v[i + kCount / 2], join, std::make_integer_sequence<int, kLanes>());
     }
-    return sum_each<kStride / 2>(folded);
+    return join_each<kStride / 2>(folded, join);
   }
+}
+
+template <class V, int kCount>
+inline V sum_each(const V (&v)[kCount]) {
+  return join_each<kLanes / 2>(v, [](V a, V b) { return a + b; });
+}
+
+template <int kCount>
+inline Floats max_each(const Floats (&v)[kCount]) {
+  return join_each<kLanes / 2>(v, [](Floats a, Floats b) { return max_of(a, b); });
 }
 
 inline float sum(Floats v) {
