@@ -199,8 +199,7 @@ class Layer:
     has_fp8_cache = False
 
     def __init__(self, page_size):
-        self.quest = type("Quest", (), {"page_size": page_size, "score": "minmax"})
-        self.kept = {}
+        self.quest = type("Quest", (), {"page_size": page_size, "score": "minmax", "kept": {}})
 
 
 def test_the_oracle_takes_the_pages_with_the_largest_product(monkeypatch):

@@ -47,7 +47,7 @@ def _chooser(score_pages: PageScores) -> Chooser:
         if impl.has_fp8_cache:
             query = query.float() * layer._k_scale  # the oracles' logits are of scaled keys
         score_pages(impl, query, kv_cache, rows, scores)
-        ops.select(scores, rows, pages, page_size=impl.quest.page_size, **impl.kept)
+        ops.select(scores, rows, pages, page_size=impl.quest.page_size, **impl.quest.kept)
 
     return choose
 
